@@ -1,0 +1,54 @@
+"""One pipeline, every shape of work: stages written once, run as a streaming batch job on Ray.
+
+    import headrace as hr
+
+    @hr.stage(out={"text": str})
+    def clean(text: hr.Column[str]):
+        return {"text": [" ".join(t.split()) for t in text]}
+
+    tidy = hr.Pipeline("tidy", clean)
+    tidy.local([{"text": "  A   quiet room "}])                        # here, in this process
+    hr.run(tidy, input="reviews/*.parquet", output="out")              # on Ray
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.batching import rows, tokens
+from headrace.columns import Column, Image, Vector
+from headrace.errors import HeadraceError
+from headrace.hardware import cpu, gpu
+from headrace.pipeline import Pipeline
+from headrace.plan import Plan, explain, resolve
+from headrace.stage import Stage, stage
+
+if TYPE_CHECKING:
+    from headrace.on_ray.batch import run
+
+__version__ = "0.1.0"
+__all__ = [
+    "Column",
+    "HeadraceError",
+    "Image",
+    "Pipeline",
+    "Plan",
+    "Stage",
+    "Vector",
+    "cpu",
+    "explain",
+    "gpu",
+    "resolve",
+    "rows",
+    "run",
+    "stage",
+    "tokens",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":  # loads ray, which takes half a second: only when it is asked for
+        from headrace.on_ray.batch import run
+
+        return run
+    raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""Every error that headrace raises on purpose.
+
+    HeadraceError
+    ├── DefinitionError        a stage or a pipeline is written wrongly
+    │   ├── WiringError        column names or types do not fit together
+    │   ├── SettingError       a setting does not exist, or has a value that its annotation forbids
+    │   └── PipelineFileError  the pipeline file cannot be loaded, or names no pipeline
+    ├── HardwareError          no node has what a stage asks for
+    ├── SourceError            the input cannot be found, read, or used by this pipeline
+    ├── OutputError            the output cannot be written, or belongs to something else
+    ├── StageError             a stage raised; carries the user's own frames
+    │   └── ContractError      a stage returned something other than it declared
+    └── RunError               the engine failed, or rows are missing at the end
+
+A message says what is wrong, the value, what is allowed and the nearest fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HeadraceError(Exception):
+    """Something that the user of headrace can mend."""
+
+
+class DefinitionError(HeadraceError):
+    """A stage or a pipeline is written wrongly."""
+
+
+class WiringError(DefinitionError):
+    """Column names or column types do not fit together."""
+
+
+class SettingError(DefinitionError):
+    """A setting does not exist, or has a value that its annotation forbids."""
+
+
+class PipelineFileError(DefinitionError):
+    """The pipeline file cannot be loaded, or does not hold the pipeline asked for."""
+
+
+class HardwareError(HeadraceError):
+    """No node of the cluster has what a stage asks for."""
+
+
+class SourceError(HeadraceError):
+    """The input cannot be found, read, or used by this pipeline."""
+
+
+class OutputError(HeadraceError):
+    """The output cannot be written, or belongs to something else."""
+
+
+class StageError(HeadraceError):
+    """A stage raised. `frames` is the user's part of the traceback, ready to print."""
+
+    def __init__(self, message: str, stage: str = "", frames: str = "") -> None:
+        super().__init__(message, stage, frames)  # all three in args, so that it survives pickling
+        self.message = message
+        self.stage = stage
+        self.frames = frames
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ContractError(StageError):
+    """A stage returned something other than it declared."""
+
+
+class RunError(HeadraceError):
+    """The engine failed, or rows are missing at the end."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: `'; did you mean 'text'?'`, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names for an error message, `'a', 'b'`, at most twelve of them."""
+    shown = [repr(name) for name in names]
+    rest = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+    return (", ".join(shown[:12]) + rest) or "nothing"

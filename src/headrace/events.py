@@ -1,0 +1,98 @@
+"""What happened in a run: a few dataclasses in one stream. Reports, metrics and consoles only read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened at `at_s`, in seconds since the epoch, on the clock of the machine that saw it."""
+
+    at_s: float = field(default_factory=time.time, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """A run began."""
+
+    pipeline: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRead(Event):
+    """All rows of an input unit were read and passed on."""
+
+    unit: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDone(Event):
+    """A group finished a block. `tokens` are the rows' own, `padded_tokens` what the stages were called with."""
+
+    group: str
+    rows: int
+    busy_s: float
+    tokens: int
+    padded_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady(Event):
+    """A replica of a group finished its set-up."""
+
+    group: str
+    node: str
+    device: str
+    setup_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetHalved(Event):
+    """An accelerator ran out of memory; from now on this replica divides the stage's batch rule by `divisor`."""
+
+    stage: str
+    rule: str
+    divisor: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileWritten(Event):
+    """A file of the output is complete."""
+
+    path: str
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """A run ended with all rows accounted for."""
+
+    rows_in: int
+    rows_out: int
+    wall_s: float
+
+
+def to_json_lines(events: Iterable[Event]) -> str:
+    """One JSON object a line, with the event's class name under `event`."""
+    return "".join(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n" for event in events)
+
+
+def from_json_lines(text: str) -> list[Event]:
+    """The inverse of `to_json_lines`; raises KeyError for an event of no known kind."""
+    kinds: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+    found = []
+    for line in text.splitlines():
+        values: dict[str, Any] = json.loads(line)
+        kind = kinds[values.pop("event")]
+        found.append(kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}))
+    return found

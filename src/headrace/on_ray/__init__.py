@@ -1,0 +1,1 @@
+"""Lowering to Ray: the only package that imports ray."""

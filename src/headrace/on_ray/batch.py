@@ -1,0 +1,192 @@
+"""The batch target: a plan and a source become one native `ray.data.Dataset`; `run` writes it and accounts for every row."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from headrace import sinks
+from headrace.batching import Tokens
+from headrace.columns import ANY
+from headrace.errors import HeadraceError, RunError
+from headrace.events import Event, RunFinished, RunStarted, to_json_lines
+from headrace.on_ray import compat
+from headrace.on_ray.cluster import connected
+from headrace.on_ray.operators import EventLog, Functions, Reader, Replica, Writer, pack
+from headrace.pipeline import Pipeline
+from headrace.plan import Group, Plan, resolve
+from headrace.report import Report, rows_read, summarise
+from headrace.sources import Source, open_source, select
+
+_BLOCK_BYTES = 32 << 20
+_POLL_S = 0.5
+
+
+def run(
+    pipeline: Pipeline,
+    *,
+    input: str | Sequence[str],
+    output: str,
+    keep: str | Sequence[str] = (),
+    where: str | None = None,
+    limit: int | None = None,
+    formats: tuple[str | None, str] = (None, "parquet"),
+    watch: Callable[[Sequence[Event], int | None], None] = lambda events, rows: None,
+) -> Report:
+    """Run a pipeline over files as a streaming batch job on the connected Ray, or on one that is started here.
+
+    Args:
+        input: paths, folders, globs or URIs of Parquet, CSV, JSON Lines or image files.
+        output: a folder that does not exist or is empty.
+        keep: input columns to carry to the output untouched; `"all"` for every one.
+        where: which rows to read, such as `"stars >= 4"`; see `headrace.filters`.
+        limit: read only the first rows.
+        formats: of input (None: told from the names) and output (`parquet`, `jsonl`, `delta`).
+        watch: called twice a second with the new events and the number of rows in all, if known.
+
+    Raises:
+        SourceError, OutputError, HardwareError, WiringError: before any hardware is used.
+        StageError: a stage raised; with the user's own frames.
+        RunError: the engine failed, or rows are missing; the output has no `_SUCCESS` then.
+    """
+    source = open_source(input, format=formats[0])
+    kept = tuple(source.schema.names) if keep == "all" else ((keep,) if isinstance(keep, str) else tuple(keep))
+    wanted = {**{name: ANY for name in kept}, **pipeline.inputs}
+    source = select(source, wanted, pipeline=pipeline.name, where=where, limit=limit)
+    sink = sinks.open_sink(output, format=formats[1])
+    with connected() as cluster:
+        plan = resolve(pipeline, cluster, keep=kept)
+        sinks.prepare(sink, pipeline=pipeline.name)
+        uris = (input,) if isinstance(input, str) else tuple(input)
+        events: list[Event] = [RunStarted(pipeline.name, uris, output)]
+        started = time.perf_counter()
+        writer = _execute(plan, source, sink, events, watch)
+        rows_in, rows_out = rows_read(events), sum(file.rows for file in writer.files)
+        if rows_in != rows_out or (source.rows is not None and source.rows != rows_in):
+            promised = "" if source.rows is None else f" of {source.rows:,} in the files"
+            raise RunError(f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output!r}; the output is not marked as a success")
+        sinks.finish(sink, writer.files, _schema(plan, source))
+        events.append(RunFinished(rows_in, rows_out, time.perf_counter() - started))
+        sinks.put(sink.place.child(f"{sinks.RECORD}/events.jsonl"), to_json_lines(events).encode())
+    return summarise(events, pipeline=pipeline.name, output=output, groups=[group.name for group in plan.groups])
+
+
+def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
+    """The plan over the source as a native dataset: a reading operator, then one operator per group.
+
+    Functions become tasks, models become actor pools between the plan's bounds, each with resources of its own, so that
+    what prepares the input of a model runs beside it. `log` is an `EventLog` actor.
+    """
+    rows = block_rows(plan, source)
+    dataset = ray.data.from_arrow(pack(source.units, rows))
+    reader = Reader(_without_units(source), source.columns(plan.source), rows, log)
+    # Ray fuses these two into one operator. Its block rule is a number of bytes, which would leave one block of 8,192
+    # reviews, and one actor busy; a number of rows gives every replica its share.
+    dataset = dataset.map_batches(reader, batch_size=None, batch_format="pyarrow").repartition(target_num_rows_per_block=rows)
+    for group in plan.groups:
+        dataset = _operator(dataset, group, source, rows, log)
+    return dataset
+
+
+def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, log: Any) -> compat.Dataset:
+    hardware, kind = group.choice.hardware, group.choice.kind
+    options: dict[str, Any] = {"num_cpus": hardware.cpus, **compat.fence()}
+    if hardware.gpus:
+        options["num_gpus"] = hardware.gpus
+    if kind:
+        options["accelerator_type"] = kind
+    if hardware.memory_gb:
+        options["memory"] = hardware.memory_gb * 1e9
+    options |= dict(group.stages[0].ray)
+    if group.replicas is None:
+        return dataset.map_batches(Functions(group, log), batch_size=None, batch_format="pyarrow", **options)
+    least, most = group.replicas
+    useful = most if source.rows is None else min(most, max(1, math.ceil(source.rows / rows)))
+    pool = compat.ActorPoolStrategy(min_size=least, max_size=most, initial_size=max(least, useful), max_tasks_in_flight_per_actor=2)
+    return dataset.map_batches(
+        Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=None, batch_format="pyarrow", **options
+    )
+
+
+def block_rows(plan: Plan, source: Source) -> int:
+    """Rows per block: large enough to sort by length within, small enough to share out and to hold in memory.
+
+    Eight slices of the hungriest model make the padding of the last slices matter little; twelve blocks per replica leave
+    at most a few percent of the run to the one that finishes last.
+    """
+    models = [group for group in plan.groups if group.replicas]
+    replicas = sum(group.replicas[1] for group in models if group.replicas) or int(plan.cluster.cpus) or 1
+    ideal = 16_384
+    if models:
+        ideal = min(4096, max(512, 8 * max(_slice_rows(stage.batch, source) for group in models for stage in group.stages)))
+    if source.rows is not None:
+        ideal = min(ideal, math.ceil(source.rows / (12 * replicas)))
+    return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes)))
+
+
+def _slice_rows(rule: Any, source: Source) -> int:
+    if isinstance(rule, Tokens):
+        return max(1, int(rule.budget * rule.bytes_per_token / max(1, source.row_bytes)))
+    return int(rule.count)
+
+
+def _execute(
+    plan: Plan, source: Source, sink: sinks.Sink, events: list[Event], watch: Callable[[Sequence[Event], int | None], None]
+) -> Writer:
+    """Run the dataset into the sink, collecting events meanwhile."""
+    log: Any = EventLog.remote()  # type: ignore[attr-defined]
+    writer = Writer(sink, log)
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(_POLL_S):
+            new = ray.get(log.drain.remote())
+            events.extend(new)
+            watch(new, source.rows)
+
+    follower = threading.Thread(target=follow, name="headrace-events", daemon=True)
+    follower.start()
+    try:
+        with compat.DataContext.current(compat.context(compat.DataContext.get_current())):
+            lower(plan, source, log=log).write_datasink(writer, ray_remote_args={"num_cpus": 0.5})
+    except ray.exceptions.RayError as error:
+        raise _translated(error) from error
+    finally:
+        done.set()
+        follower.join()
+    last = ray.get(log.drain.remote())
+    events.extend(last)
+    watch(last, source.rows)
+    return writer
+
+
+def _translated(error: BaseException) -> HeadraceError:
+    """The HeadraceError that a worker raised, dug out of Ray's wrapping; else a RunError with Ray's own words."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HeadraceError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    first = str(error).strip().splitlines()
+    return RunError(f"Ray stopped the run: {type(error).__name__}: {first[-1] if first else 'no message'}")
+
+
+def _without_units(source: Source) -> Source:
+    """The source for the readers, which are given their units task by task."""
+    import dataclasses
+
+    return dataclasses.replace(source, units=())
+
+
+def _schema(plan: Plan, source: Source) -> pa.Schema:
+    """The Arrow schema of the output."""
+    columns = source.columns(plan.columns)
+    return pa.schema(
+        [pa.field(name, source.schema.field(name).type if column.kind == "any" else column.arrow) for name, column in columns.items()]
+    )

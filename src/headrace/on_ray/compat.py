@@ -1,0 +1,37 @@
+"""Every name of Ray that depends on its version. Written against ray 2.60."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray._private.utils import get_num_cpus
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
+from ray.data._internal.execution.interfaces import TaskContext
+from ray.data.block import Block, BlockAccessor
+
+__all__ = ["ActorPoolStrategy", "Block", "BlockAccessor", "DataContext", "Dataset", "Datasink", "TaskContext", "context", "cores", "fence"]
+
+
+def cores() -> int:
+    """CPU cores of this machine, a container's limit respected."""
+    return max(1, int(get_num_cpus()))
+
+
+def fence() -> dict[str, Any]:
+    """Arguments of `map_batches` that keep Ray from fusing an operator with its neighbours.
+
+    Ray fuses a task operator into the actors after it when their resources agree, which would make the expensive actors do
+    the cheap work as well. It never fuses an operator that has a function for its remote arguments.
+    """
+    no_more: Callable[[], dict[str, Any]] = dict
+    return {"ray_remote_args_fn": no_more}
+
+
+def context(base: DataContext) -> DataContext:
+    """A copy of Ray Data's context for one run: quiet, and failing at a stage's first error."""
+    ctx = base.copy()
+    ctx.enable_progress_bars = False
+    ctx.print_on_execution_start = False
+    ctx.max_errored_blocks = 0
+    return ctx

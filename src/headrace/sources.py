@@ -1,0 +1,253 @@
+"""Sources: find the input, check it against what a pipeline reads, and cut it into units.
+
+Parquet is cut by row group, with columns and `--where` pushed down; CSV and JSON Lines by file; a folder of images, which
+has the columns `path` and `image`, into runs of files. Nothing here knows an engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from headrace import filters
+from headrace.columns import ANY, ColumnType, accepts, from_arrow
+from headrace.errors import SourceError, listing, nearest
+from headrace.filesystems import Place, find, locate
+from headrace.readers import naming, read, text_tables
+from headrace.units import Source, Unit
+
+FORMATS = {
+    "parquet": (".parquet", ".pq", ".parq"),
+    "csv": (".csv", ".csv.gz", ".tsv", ".tsv.gz"),
+    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json"),
+    "images": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+}
+_IMAGE_SCHEMA = pa.schema({"path": pa.string(), "image": pa.binary()})
+_PARSED_AS = {"str": pa.string(), "bytes": pa.string(), "image": pa.string()}  # bytes and images travel as base64
+_IMAGES_PER_UNIT = 64
+_FOOTER_THREADS = 32  # opening files is all waiting
+
+
+def open_source(inputs: str | Sequence[str], *, format: str | None = None) -> Source:
+    """Find the files behind paths, folders, globs or URIs, read their footers or first lines, and cut them into units.
+
+    Args:
+        format: `parquet`, `csv`, `jsonl` or `images`; told from the names when left out.
+
+    Raises:
+        SourceError: nothing matches, formats are mixed, a file cannot be read, or the schemas differ.
+    """
+    uris = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not uris:
+        raise SourceError("no input given; name at least one file, folder, glob or URI")
+    places = [locate(uri, error=SourceError) for uri in uris]
+    if any(place.filesystem != places[0].filesystem for place in places):
+        raise SourceError(f"inputs lie on different file systems: {listing(uris)}; read them in separate runs")
+    files: dict[str, fs.FileInfo] = {}
+    for place in places:
+        files |= {info.path: info for info in _matches(place, format)}
+    return _OPENERS[format or _format(list(files))](places[0], list(files.values()))
+
+
+def _matches(place: Place, format: str | None) -> list[fs.FileInfo]:
+    if format is not None and format not in FORMATS:
+        raise SourceError(f"no format {format!r}; there are {listing(FORMATS)}" + nearest(format, FORMATS))
+    try:
+        infos = find(place)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"cannot list {place.uri!r}: {error}") from error
+    if not infos:
+        raise SourceError(f"no file matches {place.uri!r}; check the path, and quote a glob so that the shell leaves it alone")
+    if len(infos) == 1 or format is not None:
+        return infos
+    endings = tuple(itertools.chain.from_iterable(FORMATS.values()))
+    if known := [info for info in infos if info.path.lower().endswith(endings)]:
+        return known
+    raise SourceError(f"none of the {len(infos)} files of {place.uri!r} has a known ending ({', '.join(endings)}); say --format")
+
+
+def _format(paths: Sequence[str]) -> str:
+    """The one format of all files, by their endings."""
+    found: dict[str, str] = {}
+    for path in paths:
+        kind = next((kind for kind, endings in FORMATS.items() if path.lower().endswith(endings)), None)
+        if kind is None:
+            raise SourceError(f"cannot tell the format of {path!r}; say --format {'|'.join(FORMATS)}")
+        found.setdefault(kind, path)
+    if len(found) > 1:
+        raise SourceError(f"the input mixes formats: {', '.join(f'{path!r} is {kind}' for kind, path in found.items())}; narrow the glob or say --format")
+    return next(iter(found))
+
+
+def _modified(info: fs.FileInfo) -> int:
+    return info.mtime_ns or 0
+
+
+def _open_parquet(place: Place, files: list[fs.FileInfo]) -> Source:
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda info: _footer(place, info.path), files))
+    schema = footers[0].schema.to_arrow_schema()
+    units: list[Unit] = []
+    nulls: Counter[str] = Counter()
+    heaviest = 1
+    for info, footer in zip(files, footers, strict=True):
+        _same_schema(schema, footer.schema.to_arrow_schema(), files[0].path, info.path)
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            heaviest = max(heaviest, group.total_byte_size // max(1, group.num_rows))
+            for column in map(group.column, range(group.num_columns)):
+                nulls[column.path_in_schema] += (column.statistics and column.statistics.null_count) or 0
+            units.append(Unit(len(units), (info.path,), number, group.num_rows, info.size, _modified(info)))
+    return Source(place, "parquet", schema, tuple(units), row_bytes=heaviest, nulls=nulls)
+
+
+def _footer(place: Place, path: str) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path, filesystem=place.filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"cannot read the Parquet file {path!r}: {error}") from error
+
+
+def _same_schema(schema: pa.Schema, other: pa.Schema, first: str, path: str) -> None:
+    """Files of one input must agree in their columns; a difference in integer width or text encoding is cast away later."""
+    if missing := [name for name in schema.names if name not in other.names]:
+        raise SourceError(f"{path!r} has no column {missing[0]!r}, which {first!r} has; narrow the glob, or run them separately")
+    for field in schema:
+        here, there = from_arrow(field.type), from_arrow(other.field(field.name).type)
+        if here != there and not pa.types.is_null(other.field(field.name).type):
+            raise SourceError(f"column {field.name!r} is {there} in {path!r} but {here} in {first!r}; run them separately")
+
+
+def _text_source(place: Place, files: list[fs.FileInfo], kind: str) -> Source:
+    unit = [Unit(number, (info.path,), None, None, info.size, _modified(info)) for number, info in enumerate(files)]
+    bare = Source(place, kind, pa.schema([]), tuple(unit))
+    schema: pa.Schema | None = None
+    row_bytes = 1
+    for info in files:
+        with naming(info.path):
+            first = next(iter(text_tables(bare, info.path, {})), None)
+        if first is None:
+            continue
+        row_bytes = max(row_bytes, first.nbytes // max(1, first.num_rows))
+        if schema is None:
+            schema, where_from = first.schema, info.path
+        else:
+            _same_schema(schema, first.schema, where_from, info.path)
+    if schema is None:
+        raise SourceError(f"the input has no rows: {files[0].path!r}" + (f" and {len(files) - 1} more files" if len(files) > 1 else ""))
+    return replace(bare, schema=schema, row_bytes=row_bytes)
+
+
+def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
+    units = []
+    for start in range(0, len(files), _IMAGES_PER_UNIT):
+        run = files[start : start + _IMAGES_PER_UNIT]
+        paths = tuple(info.path for info in run)
+        units.append(Unit(len(units), paths, None, len(paths), sum(info.size for info in run), max(map(_modified, run))))
+    return Source(place, "images", _IMAGE_SCHEMA, tuple(units), row_bytes=max(info.size for info in files))
+
+
+_OPENERS = {
+    "parquet": _open_parquet,
+    "csv": lambda place, files: _text_source(place, files, "csv"),
+    "jsonl": lambda place, files: _text_source(place, files, "jsonl"),
+    "images": _open_images,
+}
+
+
+def _filtered(source: Source, where: str) -> Source:
+    """The source behind a filter: row groups whose statistics rule them out are dropped, other counts become unknown."""
+    condition = filters.parse(where, source.schema)
+    units = source.units
+    if source.format == "parquet":
+        layout = pa.dataset.ParquetFileFormat()
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            paths = dict.fromkeys(unit.paths[0] for unit in units)
+            kept = pool.map(lambda path: _surviving(layout.make_fragment(path, source.place.filesystem), source.schema, condition), paths)
+            alive = dict(zip(paths, kept, strict=True))
+        units = tuple(unit for unit in units if unit.row_group in alive[unit.paths[0]])
+    return replace(source, where=condition, units=tuple(replace(unit, rows=None) for unit in units))
+
+
+def _surviving(fragment: Any, schema: pa.Schema, condition: filters.Filter) -> set[int]:
+    """Row groups of a file that may hold a row for which `condition` is true, by their statistics."""
+    parts = fragment.split_by_row_group(filter=condition.expression, schema=schema)
+    return {group.id for part in parts for group in part.row_groups}
+
+
+def _limited(source: Source, limit: int) -> Source:
+    """The units that hold the first `limit` rows, the last one cut. Rows not counted yet are counted by reading."""
+    left, units = limit, []
+    for unit in source.units:
+        rows = unit.rows if unit.rows is not None else _count(source, unit, left)
+        take = min(rows, left)
+        if take:
+            units.append(replace(unit, rows=take, limit=take))
+        left -= take
+        if not left:
+            break
+    return replace(source, units=tuple(units))
+
+
+def _count(source: Source, unit: Unit, enough: int) -> int:
+    """Rows of a unit behind the source's filter, counted only up to `enough`."""
+    counted = 0
+    narrow = source.where.columns if source.where else source.schema.names[:1]
+    for part in read(source, unit, {name: ANY for name in narrow}, block_rows=8192):
+        counted += part.num_rows
+        if counted >= enough:
+            break
+    return counted
+
+
+def select(
+    source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, where: str | None = None, limit: int | None = None
+) -> Source:
+    """The part of a source that a run reads, after a check that it has the columns `wanted`, with types that fit.
+
+    Args:
+        where: an expression over columns, see `headrace.filters`; pushed down to Parquet's row groups.
+        limit: take the first rows in order of path and position; exact, also behind a filter.
+
+    Raises:
+        SourceError: names the column, what the pipeline wants, what there is, and the nearest name.
+    """
+    names = source.schema.names
+    for name, column in wanted.items():
+        if name not in names:
+            raise SourceError(f"pipeline {pipeline!r} reads column {name!r}, which the input lacks; it has {listing(names)}" + nearest(name, names))
+        found = source.schema.field(name).type
+        if source.format in ("csv", "jsonl") and column.kind in _PARSED_AS:
+            # Such a column is parsed as what it is declared to be, whatever its first values look like: 007 stays 007.
+            at = source.schema.get_field_index(name)
+            source = replace(source, schema=source.schema.set(at, pa.field(name, _PARSED_AS[column.kind])))
+        elif not accepts(column, found):
+            raise SourceError(
+                f"pipeline {pipeline!r} reads column {name!r} as {column}, but in the input it is {found}; "
+                f"declare it as {from_arrow(found)}, or convert it in a first stage"
+            )
+        if (nulls := source.nulls.get(name)) and where is None and limit is None and not (column.optional or column.kind == "any"):
+            raise SourceError(
+                f"pipeline {pipeline!r} reads column {name!r} as {column}, but the input has {nulls} nulls there; "
+                f"declare it as {column} | None, or leave them out with --where '{name} is not None'"
+            )
+    if limit is not None and limit < 1:
+        raise SourceError(f"--limit must be at least 1, got {limit}")
+    if where is not None:
+        source = _filtered(source, where)
+    if limit is not None:
+        source = _limited(source, limit)
+    if not source.units:
+        raise SourceError("the input has no rows" + (f" for which --where {where!r} holds" if where else ""))
+    return source
+
+

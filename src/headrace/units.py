@@ -1,0 +1,56 @@
+"""Units: the pieces that an input is cut into. A unit is read, counted, and later committed, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from headrace.columns import ColumnType, from_arrow
+from headrace.filesystems import Place
+from headrace.filters import Filter
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of the input that is read as one: a row group, a text file, or a run of image files.
+
+    `rows` is None where only reading tells (text files, and everything behind a filter). `limit` cuts the unit after that
+    many rows. `modified_ns` and `size_bytes` identify the version of the file.
+    """
+
+    id: int
+    paths: tuple[str, ...]
+    row_group: int | None
+    rows: int | None
+    size_bytes: int
+    modified_ns: int
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files of one format on one file system, cut into units.
+
+    `row_bytes` is the weight of a row in the heaviest part of the input, `nulls` how many nulls the statistics of a column
+    tell of.
+    """
+
+    place: Place
+    format: str
+    schema: pa.Schema
+    units: tuple[Unit, ...]
+    where: Filter | None = None
+    row_bytes: int = 1024
+    nulls: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows in all, or None when only reading tells."""
+        counts = [unit.rows for unit in self.units]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def columns(self, wanted: Mapping[str, ColumnType]) -> dict[str, ColumnType]:
+        """`wanted` with every `any` replaced by the type that the source has, where headrace has a name for it."""
+        return {name: from_arrow(self.schema.field(name).type) if column.kind == "any" else column for name, column in wanted.items()}
