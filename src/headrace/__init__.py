@@ -21,6 +21,8 @@ from headrace.errors import HeadraceError
 from headrace.hardware import cpu, gpu
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, explain, resolve
+from headrace.sinks import Output
+from headrace.sources import Input
 from headrace.stage import Stage, stage
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ __all__ = [
     "Column",
     "HeadraceError",
     "Image",
+    "Input",
+    "Output",
     "Pipeline",
     "Plan",
     "Stage",

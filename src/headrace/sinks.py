@@ -13,7 +13,7 @@ import math
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -32,24 +32,35 @@ _ROW_GROUP_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """Where to write: a folder (path or URI) that does not exist or is empty, and `parquet`, `jsonl` or `delta`."""
+
+    path: str
+    _: KW_ONLY
+    format: str = "parquet"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise OutputError(f"no output format {self.format!r}; there are {listing(FORMATS)}" + nearest(self.format, FORMATS))
+
+
+@dataclass(frozen=True, slots=True)
 class Sink:
-    """A folder and the format of the files in it."""
+    """An output on its file system."""
 
     place: Place
     format: str
 
 
-def open_sink(output: str, *, format: str = "parquet") -> Sink:
-    """The sink at a path or URI; nothing is touched yet.
+def open_sink(output: Output) -> Sink:
+    """The sink of an output; nothing is touched yet.
 
     Raises:
-        OutputError: unknown format or file system, or the Delta extra is not installed.
+        OutputError: the file system is unknown, or the Delta extra is not installed.
     """
-    if format not in FORMATS:
-        raise OutputError(f"no output format {format!r}; there are {listing(FORMATS)}" + nearest(format, FORMATS))
-    if format == "delta":
+    if output.format == "delta":
         _deltalake()
-    return Sink(locate(output, error=OutputError), format)
+    return Sink(locate(output.path, error=OutputError), output.format)
 
 
 def prepare(sink: Sink, *, pipeline: str) -> None:

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -37,16 +37,44 @@ _IMAGES_PER_UNIT = 64
 _FOOTER_THREADS = 32  # opening files is all waiting
 
 
-def open_source(inputs: str | Sequence[str], *, format: str | None = None) -> Source:
-    """Find the files behind paths, folders, globs or URIs, read their footers or first lines, and cut them into units.
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What to read.
 
     Args:
+        paths: files, folders, globs or URIs.
         format: `parquet`, `csv`, `jsonl` or `images`; told from the names when left out.
+        columns: take the input to have only these columns.
+        where: an expression over columns, see `headrace.filters`; pushed down to Parquet's row groups.
+        limit: only the first rows in order of path and position; exact, also behind a filter.
+    """
+
+    paths: str | Sequence[str]
+    _: KW_ONLY
+    format: str | None = None
+    columns: Sequence[str] | None = None
+    where: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise SourceError(f"--limit must be at least 1, got {self.limit}")
+        if self.format is not None and self.format not in FORMATS:
+            raise SourceError(f"no input format {self.format!r}; there are {listing(FORMATS)}" + nearest(self.format, FORMATS))
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The paths as a tuple."""
+        return (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
+
+
+def open_source(wanted: Input) -> Source:
+    """Find the files, read their footers or first lines, and cut them into units.
 
     Raises:
         SourceError: nothing matches, formats are mixed, a file cannot be read, or the schemas differ.
     """
-    uris = [inputs] if isinstance(inputs, str) else list(inputs)
+    uris, format = wanted.uris, wanted.format
     if not uris:
         raise SourceError("no input given; name at least one file, folder, glob or URI")
     places = [locate(uri, error=SourceError) for uri in uris]
@@ -55,12 +83,16 @@ def open_source(inputs: str | Sequence[str], *, format: str | None = None) -> So
     files: dict[str, fs.FileInfo] = {}
     for place in places:
         files |= {info.path: info for info in _matches(place, format)}
-    return _OPENERS[format or _format(list(files))](places[0], list(files.values()))
+    source = _OPENERS[format or _format(list(files))](places[0], list(files.values()))
+    if wanted.columns is None:
+        return source
+    if unknown := [name for name in wanted.columns if name not in source.schema.names]:
+        names = source.schema.names
+        raise SourceError(f"--columns names {unknown[0]!r}, which the input lacks; it has {listing(names)}" + nearest(unknown[0], names))
+    return replace(source, schema=pa.schema([source.schema.field(name) for name in wanted.columns]))
 
 
 def _matches(place: Place, format: str | None) -> list[fs.FileInfo]:
-    if format is not None and format not in FORMATS:
-        raise SourceError(f"no format {format!r}; there are {listing(FORMATS)}" + nearest(format, FORMATS))
     try:
         infos = find(place)
     except (OSError, pa.ArrowException) as error:
@@ -209,14 +241,8 @@ def _count(source: Source, unit: Unit, enough: int) -> int:
     return counted
 
 
-def select(
-    source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, where: str | None = None, limit: int | None = None
-) -> Source:
+def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, where: str | None = None, limit: int | None = None) -> Source:
     """The part of a source that a run reads, after a check that it has the columns `wanted`, with types that fit.
-
-    Args:
-        where: an expression over columns, see `headrace.filters`; pushed down to Parquet's row groups.
-        limit: take the first rows in order of path and position; exact, also behind a filter.
 
     Raises:
         SourceError: names the column, what the pipeline wants, what there is, and the nearest name.
@@ -240,8 +266,6 @@ def select(
                 f"pipeline {pipeline!r} reads column {name!r} as {column}, but the input has {nulls} nulls there; "
                 f"declare it as {column} | None, or leave them out with --where '{name} is not None'"
             )
-    if limit is not None and limit < 1:
-        raise SourceError(f"--limit must be at least 1, got {limit}")
     if where is not None:
         source = _filtered(source, where)
     if limit is not None:

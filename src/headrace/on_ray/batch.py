@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pyarrow as pa
@@ -15,14 +17,17 @@ from headrace import sinks
 from headrace.batching import Tokens
 from headrace.columns import ANY
 from headrace.errors import HeadraceError, RunError
-from headrace.events import Event, RunFinished, RunStarted, to_json_lines
+from headrace.events import Event, FileWritten, RunFinished, RunStarted, to_json_lines
+from headrace.hardware import Cluster
 from headrace.on_ray import compat
 from headrace.on_ray.cluster import connected
 from headrace.on_ray.operators import EventLog, Functions, Reader, Replica, Writer, pack
 from headrace.pipeline import Pipeline
 from headrace.plan import Group, Plan, resolve
 from headrace.report import Report, rows_read, summarise
-from headrace.sources import Source, open_source, select
+from headrace.sinks import Output
+from headrace.sources import Input, open_source, select
+from headrace.units import Source
 
 _BLOCK_BYTES = 32 << 20
 _POLL_S = 0.5
@@ -31,50 +36,49 @@ _POLL_S = 0.5
 def run(
     pipeline: Pipeline,
     *,
-    input: str | Sequence[str],
-    output: str,
+    input: str | Sequence[str] | Input,
+    output: str | Output,
     keep: str | Sequence[str] = (),
-    where: str | None = None,
-    limit: int | None = None,
-    formats: tuple[str | None, str] = (None, "parquet"),
+    connect: Callable[[], AbstractContextManager[Cluster]] = connected,
     watch: Callable[[Sequence[Event], int | None], None] = lambda events, rows: None,
 ) -> Report:
-    """Run a pipeline over files as a streaming batch job on the connected Ray, or on one that is started here.
+    """Run a pipeline over files as a streaming batch job, on the Ray that is connected, or on one started here.
+
+        hr.run(reviews, input=hr.Input("in/*.parquet", where="stars >= 4"), output="out", keep=["review_id"])
 
     Args:
-        input: paths, folders, globs or URIs of Parquet, CSV, JSON Lines or image files.
-        output: a folder that does not exist or is empty.
+        input: paths, folders, globs or URIs of Parquet, CSV, JSON Lines or image files, or an `Input` that says more.
+        output: a folder or URI that does not exist or is empty, or an `Output` that says more.
         keep: input columns to carry to the output untouched; `"all"` for every one.
-        where: which rows to read, such as `"stars >= 4"`; see `headrace.filters`.
-        limit: read only the first rows.
-        formats: of input (None: told from the names) and output (`parquet`, `jsonl`, `delta`).
-        watch: called twice a second with the new events and the number of rows in all, if known.
+        connect: gives the connection to Ray for the length of the run; see `headrace.on_ray.cluster`.
+        watch: called twice a second, from a thread, with the new events and the number of rows in all, if known.
 
     Raises:
         SourceError, OutputError, HardwareError, WiringError: before any hardware is used.
         StageError: a stage raised; with the user's own frames.
         RunError: the engine failed, or rows are missing; the output has no `_SUCCESS` then.
     """
-    source = open_source(input, format=formats[0])
+    started = time.perf_counter()
+    input = input if isinstance(input, Input) else Input(input)
+    output = output if isinstance(output, Output) else Output(output)
+    source = open_source(input)
     kept = tuple(source.schema.names) if keep == "all" else ((keep,) if isinstance(keep, str) else tuple(keep))
-    wanted = {**{name: ANY for name in kept}, **pipeline.inputs}
-    source = select(source, wanted, pipeline=pipeline.name, where=where, limit=limit)
-    sink = sinks.open_sink(output, format=formats[1])
-    with connected() as cluster:
+    wanted = {**dict.fromkeys(kept, ANY), **pipeline.inputs}
+    source = select(source, wanted, pipeline=pipeline.name, where=input.where, limit=input.limit)
+    sink = sinks.open_sink(output)
+    with connect() as cluster:
         plan = resolve(pipeline, cluster, keep=kept)
         sinks.prepare(sink, pipeline=pipeline.name)
-        uris = (input,) if isinstance(input, str) else tuple(input)
-        events: list[Event] = [RunStarted(pipeline.name, uris, output)]
-        started = time.perf_counter()
-        writer = _execute(plan, source, sink, events, watch)
-        rows_in, rows_out = rows_read(events), sum(file.rows for file in writer.files)
+        events: list[Event] = [RunStarted(pipeline.name, input.uris, output.path)]
+        files = _execute(plan, source, sink, events, watch)
+        rows_in, rows_out = rows_read(events), sum(file.rows for file in files)
         if rows_in != rows_out or (source.rows is not None and source.rows != rows_in):
             promised = "" if source.rows is None else f" of {source.rows:,} in the files"
-            raise RunError(f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output!r}; the output is not marked as a success")
-        sinks.finish(sink, writer.files, _schema(plan, source))
+            raise RunError(f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success")
+        sinks.finish(sink, files, _schema(plan, source))
         events.append(RunFinished(rows_in, rows_out, time.perf_counter() - started))
         sinks.put(sink.place.child(f"{sinks.RECORD}/events.jsonl"), to_json_lines(events).encode())
-    return summarise(events, pipeline=pipeline.name, output=output, groups=[group.name for group in plan.groups])
+    return summarise(events, pipeline=pipeline.name, output=output.path, groups=[group.name for group in plan.groups])
 
 
 def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
@@ -85,7 +89,8 @@ def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
     """
     rows = block_rows(plan, source)
     dataset = ray.data.from_arrow(pack(source.units, rows))
-    reader = Reader(_without_units(source), source.columns(plan.source), rows, log)
+    # The readers get their units task by task, so the source itself travels without them.
+    reader = Reader(dataclasses.replace(source, units=()), source.columns(plan.source), rows, log)
     # Ray fuses these two into one operator. Its block rule is a number of bytes, which would leave one block of 8,192
     # reviews, and one actor busy; a number of rows gives every replica its share.
     dataset = dataset.map_batches(reader, batch_size=None, batch_format="pyarrow").repartition(target_num_rows_per_block=rows)
@@ -138,8 +143,8 @@ def _slice_rows(rule: Any, source: Source) -> int:
 
 def _execute(
     plan: Plan, source: Source, sink: sinks.Sink, events: list[Event], watch: Callable[[Sequence[Event], int | None], None]
-) -> Writer:
-    """Run the dataset into the sink, collecting events meanwhile."""
+) -> list[FileWritten]:
+    """Run the dataset into the sink, collecting events meanwhile; returns the files that belong to the output."""
     log: Any = EventLog.remote()  # type: ignore[attr-defined]
     writer = Writer(sink, log)
     done = threading.Event()
@@ -163,7 +168,7 @@ def _execute(
     last = ray.get(log.drain.remote())
     events.extend(last)
     watch(last, source.rows)
-    return writer
+    return writer.files
 
 
 def _translated(error: BaseException) -> HeadraceError:
@@ -175,13 +180,6 @@ def _translated(error: BaseException) -> HeadraceError:
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     first = str(error).strip().splitlines()
     return RunError(f"Ray stopped the run: {type(error).__name__}: {first[-1] if first else 'no message'}")
-
-
-def _without_units(source: Source) -> Source:
-    """The source for the readers, which are given their units task by task."""
-    import dataclasses
-
-    return dataclasses.replace(source, units=())
 
 
 def _schema(plan: Plan, source: Source) -> pa.Schema:

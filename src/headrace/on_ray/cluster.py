@@ -6,9 +6,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import ray
 
+import headrace
 from headrace.errors import RunError
 from headrace.hardware import Cluster, Node
 from headrace.on_ray import compat
@@ -17,11 +20,12 @@ _SPARE_CPUS = 1  # for reading, preparing and writing beside replicas that take 
 
 
 @contextlib.contextmanager
-def connected(address: str | None = None, *, verbose: bool = False) -> Iterator[Cluster]:
-    """A connection for the length of the block: `address`, `RAY_ADDRESS`, a Ray that runs in this process, or a new one.
+def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False) -> Iterator[Cluster]:
+    """A connection for the length of the block: `address`, `RAY_ADDRESS`, the Ray that this process has joined, or a new one.
 
     A Ray that is started here has one logical CPU more than the machine has cores, because reading and writing wait more
-    than they compute; on a cluster that is joined, one CPU is left to them.
+    than they compute; on a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
+    headrace itself and the files of `folder`, where the pipeline file lies.
 
     Raises:
         RunError: the address does not answer.
@@ -30,22 +34,38 @@ def connected(address: str | None = None, *, verbose: bool = False) -> Iterator[
         yield describe(spare_cpus=_SPARE_CPUS)
         return
     where = address or os.environ.get("RAY_ADDRESS")
-    level = logging.INFO if verbose else logging.ERROR
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if where:
+        options |= {"address": where, "runtime_env": code(folder) if folder else None}
+    else:
+        options |= {"num_cpus": compat.cores() + _SPARE_CPUS, "include_dashboard": False}
     try:
-        if where:
-            ray.init(address=where, log_to_driver=verbose, logging_level=level)
-        else:
-            ray.init(num_cpus=compat.cores() + _SPARE_CPUS, include_dashboard=False, log_to_driver=verbose, logging_level=level)
+        ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise RunError(
-            f"cannot join Ray at {where!r}: {error}. Check the address (ray://host:10001 or host:6379), or leave it away to start Ray here"
-            if where
-            else f"cannot start Ray: {error}"
-        ) from error
+        if not where:
+            raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
+        raise RunError(f"cannot join Ray at {where!r}: {error}. It must be host:6379 or ray://host:10001; without it, Ray starts here") from error
+    loggers = {} if verbose else {name: logging.getLogger(name).level for name in ("ray.data", "ray")}
     try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
         yield describe(spare_cpus=_SPARE_CPUS)
     finally:
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
         ray.shutdown()
+
+
+def code(folder: Path) -> dict[str, Any]:
+    """Ray's runtime environment that ships headrace and the files of `folder` to the workers, without an image build."""
+    return {"working_dir": str(folder), "py_modules": [str(Path(headrace.__file__).parent)], "excludes": [".git", ".venv", "__pycache__"]}
+
+
+def here() -> Cluster:
+    """This machine as a cluster, without starting Ray."""
+    count, kind = compat.gpus()
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return Cluster((Node("this machine", compat.cores(), count, (kind,) if kind else (), memory_gb),))
 
 
 def describe(*, spare_cpus: float = 0) -> Cluster:

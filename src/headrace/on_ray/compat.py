@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+from ray import cloudpickle
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 
-__all__ = ["ActorPoolStrategy", "Block", "BlockAccessor", "DataContext", "Dataset", "Datasink", "TaskContext", "context", "cores", "fence"]
+__all__ = ["ActorPoolStrategy", "Block", "BlockAccessor", "DataContext", "Dataset", "Datasink", "TaskContext", "context", "cores", "fence", "gpus", "ship"]
 
 
 def cores() -> int:
     """CPU cores of this machine, a container's limit respected."""
     return max(1, int(get_num_cpus()))
+
+
+def gpus() -> tuple[int, str | None]:
+    """NVIDIA GPUs of this machine, and their kind as Ray names it."""
+    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(), NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
+
+
+def ship(module: ModuleType) -> None:
+    """Send what `module` defines to workers by value, because they cannot import a file that was loaded by its path."""
+    cloudpickle.register_pickle_by_value(module)
 
 
 def fence() -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""`headrace explain`: what would run, where."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from headrace import plan
+from headrace.cli.loading import load
+from headrace.cli.options import Address, File, Keep, Set, names
+from headrace.settings import override
+from headrace.sources import Input, open_source, select
+
+In = Annotated[list[str] | None, typer.Option("--input", "-i", metavar="PATH", help="Check the pipeline against this input, too; repeatable.")]
+
+
+def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", address: Address = None) -> None:
+    """Draw the plan: groups, the hardware chosen on this cluster, batch rules, columns with types on every edge."""
+    pipeline = override(load(file)[0], set_ or [])
+    kept = names(keep)
+    source = open_source(Input(input)) if input else None
+    if kept == "all":
+        kept = tuple(source.schema.names) if source else ()
+    from headrace.on_ray.cluster import connected, here  # loads ray
+
+    if address or os.environ.get("RAY_ADDRESS"):
+        with connected(address) as cluster:
+            resolved = plan.resolve(pipeline, cluster, keep=kept)
+    else:
+        resolved = plan.resolve(pipeline, here(), keep=kept)
+    print(plan.explain(resolved))
+    if source:
+        source = select(source, resolved.source, pipeline=pipeline.name)
+        print(f"\ninput    {source.format}, {len(source.units)} units" + (f", {source.rows:,} rows" if source.rows is not None else ""))

@@ -1,0 +1,71 @@
+"""From `FILE` or `FILE::name` to a pipeline."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from headrace.errors import HeadraceError, PipelineFileError, listing, nearest
+from headrace.pipeline import Pipeline
+
+
+def load(target: str) -> tuple[Pipeline, ModuleType]:
+    """The pipeline that a file defines, and the file's module; `FILE::name` picks one of several by variable or name.
+
+    Raises:
+        PipelineFileError: no such file, it does not run, or it does not hold exactly the pipeline asked for.
+    """
+    file, _, wanted = target.partition("::")
+    path = Path(file)
+    if not path.is_file():
+        single = file.rpartition(":")
+        hint = f"; did you mean {single[0]}::{single[2]}?" if single[0] and Path(single[0]).is_file() else ""
+        raise PipelineFileError(f"no file {file!r}" + (hint or _neighbours(path)))
+    module = _import(path.resolve())
+    found = {name: value for name, value in vars(module).items() if isinstance(value, Pipeline)}
+    if wanted:
+        named = {pipeline.name: pipeline for pipeline in found.values()} | found
+        if wanted not in named:
+            raise PipelineFileError(f"{file} has no pipeline {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
+        return named[wanted], module
+    if len({id(pipeline) for pipeline in found.values()}) != 1:
+        fix = f"say which: {file}::{next(iter(found))}" if found else "define one, such as reviews = hr.Pipeline('reviews', clean)"
+        raise PipelineFileError(f"{file} has {len(found) or 'no'} pipelines" + (f", {listing(found)}" if found else "") + f"; {fix}")
+    return next(iter(found.values())), module
+
+
+def _neighbours(path: Path) -> str:
+    folder = path.parent
+    return nearest(path.name, [other.name for other in folder.glob("*.py")]) if folder.is_dir() else f"; there is no folder {str(folder)!r}"
+
+
+def _import(path: Path) -> ModuleType:
+    """Run the file as a module of its own name, with its folder on the path as `python FILE` would have it."""
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"pipeline_file_{abs(hash(path)):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PipelineFileError(f"{str(path)!r} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        where = f"{os.path.relpath(error.filename or path)}, line {error.lineno}"
+        raise PipelineFileError(f"{where}: {error.msg}\n    {(error.text or '').strip()}") from error
+    except HeadraceError as error:
+        raise type(error)(f"{error}\n    at {_own_frame(error, path)}") from error
+    except Exception as error:  # the user's file may raise anything while it is run: this is its boundary
+        raise PipelineFileError(f"{_own_frame(error, path)}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _own_frame(error: BaseException, path: Path) -> str:
+    """Where in the user's file it happened: the innermost of its frames, as `file, line n: source`."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{os.path.relpath(path)}, line {frames[-1].lineno}: {frames[-1].line}" if frames else os.path.relpath(path)

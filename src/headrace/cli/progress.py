@@ -1,0 +1,49 @@
+"""How far a run is: one live line on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+
+from headrace.events import BlockDone, Event, ReplicaReady
+
+_PLAIN_EVERY_S = 5.0
+
+
+class Progress:
+    """Watches a run's events; see the `watch` of `headrace.run`."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.rows: dict[str, int] = {}
+        self.replicas = 0
+        self.started = self.printed = time.monotonic()
+        self.status = Status("starting", console=self.console) if self.console.is_terminal and not quiet else None
+
+    def __enter__(self) -> Progress:
+        if self.status:
+            self.status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.status:
+            self.status.stop()
+
+    def update(self, events: Sequence[Event], total: int | None) -> None:
+        """Take in new events and show where the run is."""
+        for event in events:
+            if isinstance(event, BlockDone):
+                self.rows[event.group] = self.rows.get(event.group, 0) + event.rows
+            self.replicas += isinstance(event, ReplicaReady)
+        now = time.monotonic()
+        groups = ", ".join(f"{group} {rows:,}" for group, rows in self.rows.items()) or "starting"
+        line = f"{now - self.started:5.0f} s  {groups}" + (f" of {total:,} rows" if total else " rows") + f"  ({self.replicas} replicas ready)"
+        if self.status:
+            self.status.update(line)
+        elif now - self.printed >= _PLAIN_EVERY_S:
+            self.printed = now
+            self.console.print(line, markup=False)

@@ -1,0 +1,56 @@
+"""Settings from the command line: `embed.model=small` becomes a checked value of the stage's field."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.errors import SettingError, listing, nearest
+from headrace.pipeline import Pipeline
+from headrace.stage import Stage
+
+
+def override(pipeline: Pipeline, assignments: Sequence[str]) -> Pipeline:
+    """The pipeline with `stage.setting=value` applied in order; values are checked against the field's annotation.
+
+    Text stays text; other types are read as JSON (`true`, `3`, `[1, 2]`, `null`), then held to the annotation by pydantic.
+
+    Raises:
+        SettingError: not of that form, no such stage or setting, or a value that the annotation forbids.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        name, dot, setting = path.strip().partition(".")
+        if not (equals and dot and name and setting):
+            raise SettingError(f"--set {assignment!r} must have the form stage.setting=value, such as embed.model=small")
+        stage = pipeline.stage(name)
+        if setting not in stage.settings:
+            known = f"it has {listing(stage.settings)}" if stage.settings else "it has no settings"
+            raise SettingError(f"--set {assignment!r}: stage {name!r} has no setting {setting!r}; {known}" + nearest(setting, stage.settings))
+        pipeline = pipeline.replace(stage.with_settings({setting: _value(stage, setting, text)}))
+    return pipeline
+
+
+def _value(stage: Stage, setting: str, text: str) -> Any:
+    import pydantic  # a third of a second to import, and only --set needs it
+
+    hint = typing.get_type_hints(type(stage.call), include_extras=True)[setting]
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+    problems = []
+    for candidate in _candidates(text):
+        try:
+            return adapter.validate_python(candidate)
+        except pydantic.ValidationError as error:
+            problems.append(error.errors()[0]["msg"])
+    shown = getattr(hint, "__name__", None) or str(hint)
+    raise SettingError(f"--set {stage.name}.{setting}={text!r}: {problems[0]}; the setting is declared as {shown}")
+
+
+def _candidates(text: str) -> list[Any]:
+    """What the text may mean: first itself, then the JSON value that it spells."""
+    try:
+        return [text, json.loads(text)]
+    except ValueError:
+        return [text]
