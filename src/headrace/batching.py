@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from headrace.errors import DefinitionError
+from headrace.errors import DefinitionError, check_number
 
 Indices = npt.NDArray[np.int64]
 
@@ -23,8 +23,7 @@ class Rows:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise DefinitionError(f"hr.rows(n) must be a whole number of at least 1, got {self.count!r}")
+        check_number(self.count, "hr.rows(n)", whole=True)
 
     def slices(self, lengths: Indices, *, shrink: int = 1) -> Iterator[Indices]:
         """Index arrays over `len(lengths)` rows; `shrink` divides the count (never below one row)."""
@@ -50,12 +49,12 @@ class Tokens:
     longest: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
-            raise DefinitionError(f"hr.tokens(budget) must be a whole number of at least 1, got {self.budget!r}")
+        check_number(self.budget, "hr.tokens(budget)", whole=True)
+        check_number(self.bytes_per_token, "hr.tokens(bytes_per_token=...)")
+        if self.longest is not None:
+            check_number(self.longest, "hr.tokens(longest=...)", whole=True)
         if not isinstance(self.of, str) or not self.of:
             raise DefinitionError(f"hr.tokens(..., of=...) must name the column that is measured, got {self.of!r}")
-        if self.bytes_per_token <= 0 or (self.longest is not None and self.longest < 1):
-            raise DefinitionError(f"bytes_per_token and longest must be positive, got {self.bytes_per_token}, {self.longest}")
 
     def slices(self, lengths: Indices, *, shrink: int = 1) -> Iterator[Indices]:
         """Index arrays in order of falling length, so that the slice that needs most memory comes first."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import itertools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.errors import DefinitionError
+from headrace.errors import DefinitionError, check_number, listing, nearest
 
 if TYPE_CHECKING:
     Column = Sequence  # a plain list type-checks where a column is asked for
@@ -52,10 +53,18 @@ class Vector:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
-            raise DefinitionError(f"hr.Vector(size) must be a whole number of at least 1, or left out, got {self.size!r}")
+        if self.size is not None:
+            check_number(self.size, "hr.Vector(size), when given,", whole=True)
         if self.dtype not in _VECTOR_DTYPES:
-            raise DefinitionError(f"hr.Vector(dtype=...) must be one of {', '.join(_VECTOR_DTYPES)}, got {self.dtype!r}")
+            raise DefinitionError(
+                f"hr.Vector(dtype=...) must be one of {listing(_VECTOR_DTYPES)}, got {self.dtype!r}" + nearest(str(self.dtype), _VECTOR_DTYPES)
+            )
+
+    def __or__(self, other: None) -> ColumnType:
+        """`hr.Vector(384) | None`: an instance is no type that Python itself could make a union of."""
+        return ColumnType("vector", optional=True, vector=self) if other is None else NotImplemented
+
+    __ror__ = __or__
 
 
 _VECTOR_DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
@@ -72,6 +81,16 @@ _SCALARS: dict[Any, tuple[str, pa.DataType, dict[str, Any]]] = {
 }
 _BY_KIND = {kind: (arrow, schema) for kind, arrow, schema in _SCALARS.values()}
 _NUMBERS = ("bool", "int", "float")
+_PYTHON: dict[str, tuple[type, ...]] = {  # Arrow alone would cut 1.5 to the int 1, and take 5 for an instant and text for bytes
+    "str": (str,),
+    "bool": (bool, np.bool_),
+    "int": (int, np.integer),
+    "float": (int, float, np.integer, np.floating),
+    "bytes": (bytes, bytearray, memoryview),
+    "image": (bytes, bytearray, memoryview),
+    "datetime": (dt.datetime, np.datetime64),
+    "date": (dt.date, np.datetime64),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +130,9 @@ class ColumnType:
         if self.optional and not reader.optional:
             return False
         if self.kind == reader.kind == "vector":
-            assert self.vector is not None and reader.vector is not None
-            same = self.vector.dtype == reader.vector.dtype
-            return same and reader.vector.size in (None, self.vector.size)
+            assert self.vector is not None
+            assert reader.vector is not None
+            return self.vector.dtype == reader.vector.dtype and reader.vector.size in (None, self.vector.size)
         if self.item and reader.item:
             return self.item.feeds(reader.item)
         return self.kind == reader.kind or {self.kind, reader.kind} == {"bytes", "image"}
@@ -138,26 +157,38 @@ def type_of(annotation: Any) -> ColumnType:
     """
     if isinstance(annotation, ColumnType):
         return annotation
-    if annotation is Any or annotation is Column:
+    if annotation in (Any, Column, Vector):  # hr.Column[hr.Vector] takes any vector: its writer says which
         return ANY
-    if annotation is Vector:
-        return ColumnType("vector", vector=Vector())
     if isinstance(annotation, Vector):
         return ColumnType("vector", vector=annotation)
-    if annotation in _SCALARS:
-        return ColumnType(_SCALARS[annotation][0])
+    for known, (kind, *_) in _SCALARS.items():  # by identity: a mistaken annotation, such as [str], need not be hashable
+        if annotation is known:
+            return ColumnType(kind)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         inner = next(arg for arg in args if arg is not type(None))
         return replace(type_of(inner), optional=True)
     if origin is typing.Annotated:  # hr.Column[...] with an exact vector, spelled for a static type checker
         return type_of(args[1])
-    if origin is list and len(args) == 1:
-        return ColumnType("list", item=type_of(args[0]))
+    if origin is list and len(args) == 1 and (item := type_of(args[0])).kind != "any":
+        return ColumnType("list", item=item)
     raise DefinitionError(
         f"no column type for {annotation!r}; allowed are str, bool, int, float, bytes, datetime.datetime, datetime.date, "
-        f"hr.Vector(n), hr.Vector(), hr.Image, list[T] and T | None"
+        "hr.Vector(n), hr.Vector(), hr.Image, list[T] and T | None"
     )
+
+
+def types_of(annotations: Mapping[str, Any], where: str) -> dict[str, ColumnType]:
+    """The column types of named annotations; `where` opens the message of a DefinitionError."""
+    if not isinstance(annotations, Mapping):
+        raise DefinitionError(f"{where} must give columns and their types, such as {{'text': str}}, got {annotations!r}")
+    types: dict[str, ColumnType] = {}
+    for name, annotation in annotations.items():
+        try:
+            types[name] = type_of(annotation)
+        except DefinitionError as error:
+            raise DefinitionError(f"{where}: column {name!r}: {error}") from None
+    return types
 
 
 def from_arrow(arrow: pa.DataType) -> ColumnType:
@@ -187,13 +218,13 @@ def accepts(column: ColumnType, arrow: pa.DataType) -> bool:
     found = from_arrow(arrow)
     if pa.types.is_null(arrow):
         return column.optional or column.kind == "any"
-    if column.kind in ("any", found.kind) and not column.item:
-        return not (column.vector and column.vector.size and found.vector and found.vector.size not in (None, column.vector.size))
     if column.vector:
-        return found.item is not None and found.item.kind in ("int", "float")
-    if column.item:
-        return bool(found.item or found.vector) and accepts(column.item, arrow.value_type)
-    return (column.kind, found.kind) in {("float", "int"), ("image", "bytes"), ("datetime", "date"), ("date", "datetime")}
+        size = arrow.list_size if pa.types.is_fixed_size_list(arrow) else None
+        numbers = found.vector or (found.item and found.item.kind in ("int", "float"))
+        return bool(numbers) and (size is None or column.vector.size in (None, size))
+    if column.item:  # items of type null: every list is empty
+        return bool(found.item or found.vector) and (pa.types.is_null(arrow.value_type) or accepts(column.item, arrow.value_type))
+    return column.kind in ("any", found.kind) or (column.kind, found.kind) in {("float", "int"), ("image", "bytes"), ("datetime", "date"), ("date", "datetime")}
 
 
 def conform(array: pa.ChunkedArray, column: ColumnType) -> pa.Array:
@@ -205,22 +236,28 @@ def conform(array: pa.ChunkedArray, column: ColumnType) -> pa.Array:
     whole = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     if isinstance(whole, pa.ChunkedArray):  # combine_chunks keeps several chunks beyond 2 GB of text
         raise ValueError(f"{whole.nbytes / 1e9:.1f} GB in one block; lower the block size")
-    if column.kind == "any":
-        return whole
     if pa.types.is_dictionary(whole.type):
         whole = whole.dictionary_decode()
+    if column.kind == "any":
+        return whole
     if column.kind in ("bytes", "image") and pa.types.is_string(whole.type):  # JSON and CSV carry bytes as base64
-        whole = pa.array([value if value is None else base64.b64decode(value) for value in whole.to_pylist()], pa.binary())
+        whole = pa.array([value if value is None else base64.b64decode(value, validate=True) for value in whole.to_pylist()], pa.binary())
     if column.kind == "datetime" and pa.types.is_timestamp(whole.type) and whole.type.tz is None:
         whole = pc.assume_timezone(whole.cast(pa.timestamp("us"), safe=False), "UTC")
-    if column.kind == "datetime" and whole.type != column.arrow:
-        whole = whole.cast(column.arrow, safe=False)  # nanoseconds are cut to microseconds
     if whole.type != column.arrow:
-        whole = whole.cast(column.arrow)
-    if whole.null_count and not column.optional:
-        at = pc.index(pc.is_null(whole), True).as_py()
-        raise ValueError(f"{whole.null_count} nulls, the first in row {at}; declare {column} | None, or filter them at the source")
+        whole = whole.cast(column.arrow, safe=column.kind != "datetime")  # nanoseconds are cut to microseconds
+    _refuse_nulls(whole, column)
     return whole
+
+
+def _refuse_nulls(array: pa.Array, column: ColumnType, unit: str = "row") -> None:
+    if array.null_count and not column.optional:
+        at = pc.index(pc.is_null(array), True).as_py()
+        raise ValueError(f"{array.null_count} nulls, the first in {unit} {at}; declare {column} | None, or filter them at the source")
+    if column.item:
+        _refuse_nulls(array.flatten(), column.item, "list item")
+    if column.vector and array.flatten().null_count:
+        raise ValueError("a vector with a null inside; fill it at the source")
 
 
 def to_stage(array: pa.Array, column: ColumnType) -> Any:
@@ -253,42 +290,68 @@ def to_arrow(values: Any, column: ColumnType, *, rows: int) -> pa.Array:
     if hasattr(values, "detach"):  # a torch tensor, without importing torch; numpy has no bfloat16
         values = values.detach().cpu()
         values = values.float().numpy() if "bfloat16" in str(values.dtype) else values.numpy()
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+    if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
         raise ValueError(f"expected one value per row, got {type(values).__name__}; return a list or an array")
     if len(values) != rows:
         raise ValueError(f"{len(values)} values for {rows} rows; a stage returns one value per row, in order")
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return conform(values, column)
     try:
-        if column.vector and not column.optional:
-            return _vectors(values, column.vector)
-        if column.vector or column.item:
-            values = [value if value is None else list(value) for value in values]
-        array = pa.array(values, column.arrow, from_pandas=False)
+        if column.vector and not isinstance(values, (pa.Array, pa.ChunkedArray)):
+            return _vectors(values, column.vector, column.optional)
+        return conform(_array(values, column), column)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(str(error)) from error
-    return conform(array, column)
 
 
-def _vectors(values: Any, vector: Vector) -> pa.Array:
+def _array(values: Any, column: ColumnType) -> pa.Array:
+    """Values of the column's own kind as an Arrow array; nothing is converted that would lose its meaning."""
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        if not accepts(column, values.type):
+            raise ValueError(f"an Arrow array of {values.type}; expected {column.arrow}")
+        return values
+    if column.kind == "any":
+        return pa.array(values)
+    _check_kind(values, column)
+    return pa.array(map(_listed, values) if column.item else values, column.arrow, size=len(values), from_pandas=False)
+
+
+def _check_kind(values: Any, column: ColumnType) -> None:
+    typed = isinstance(values, np.ndarray) and values.dtype != object
+    for kind in ({values.dtype.type} if typed else set(map(type, values))) - {type(None)}:
+        if issubclass(kind, (str, bytes, Mapping, Set)) if column.item or column.vector else not issubclass(kind, _PYTHON[column.kind]):
+            raise ValueError(f"a value of Python type {kind.__name__}; expected {column}")
+    if column.item:
+        _check_kind(list(itertools.chain.from_iterable(value for value in values if value is not None)), column.item)
+
+
+def _listed(value: Iterable[Any] | None) -> list[Any] | None:
+    return None if value is None else list(value)
+
+
+def _vectors(values: Any, vector: Vector, optional: bool) -> pa.Array:
     """Vectors of fixed or ragged length as an Arrow array, without a Python object per number."""
-    dtype = np.dtype(vector.dtype)
-    rows = values if isinstance(values, np.ndarray) and values.ndim == 2 else [np.asarray(value) for value in values]
+    dtype, absent = np.dtype(vector.dtype), None
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        rows: Any = values
+    else:
+        if optional:
+            absent = pa.array([value is None for value in values], pa.bool_())
+        empty = np.zeros(vector.size or 0, dtype)
+        rows = [empty if value is None and optional else np.asarray(value) for value in values]
     for at, row in enumerate(rows[:1] if isinstance(rows, np.ndarray) else rows):
-        if row.ndim != 1 or not np.can_cast(row.dtype, dtype, "same_kind"):
+        if row.ndim == 0 and row.item() is None:
+            raise ValueError(f"row {at} is null; declare the vector | None, or return one")
+        if row.ndim != 1 or (len(row) and row.dtype.kind not in ("biuf" if dtype.kind == "f" else "biu")):
             raise ValueError(f"row {at} is an array of {row.dtype} with shape {row.shape}; expected 1-D {dtype}")
         if vector.size and len(row) != vector.size:
             raise ValueError(f"row {at} is a vector of {len(row)} numbers; expected {vector.size}")
-    if isinstance(rows, np.ndarray):
-        flat = np.ascontiguousarray(rows, dtype).reshape(-1)
-        lengths = np.full(len(rows), rows.shape[1])
-    else:
-        flat = np.concatenate(rows).astype(dtype, copy=False) if rows else np.empty(0, dtype)
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    wide = np.ravel(rows) if isinstance(rows, np.ndarray) else np.concatenate([row for row in rows if len(row)] or [np.empty(0, dtype)])
+    flat = wide.astype(dtype, copy=False)
+    if dtype.kind in "iu" and (flat != wide).any():
+        raise ValueError(f"the number {wide[flat != wide][0]} does not fit {dtype}; declare a wider dtype")
     if vector.size:
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat), vector.size)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat), vector.size, mask=absent)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), mask=absent)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, ColumnType]) -> pa.Table:
@@ -297,14 +360,16 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, ColumnType]) 
     Raises:
         ValueError: a row lacks a column, or has a value that its type forbids; names the column.
     """
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise ValueError(f"a row must map column names to values, such as {{{next(iter(columns))!r}: ...}}, got {wrong[0]!r}")
     arrays = {}
     for name, column in columns.items():
         try:
             values = [row.get(name) if column.optional else row[name] for row in rows]
-            arrays[name] = pa.array(values) if column.kind == "any" else to_arrow(values, column, rows=len(rows))
+            arrays[name] = to_arrow(values, column, rows=len(rows))
         except KeyError:
             at = next(i for i, row in enumerate(rows) if name not in row)
-            raise ValueError(f"row {at} has no column {name!r}; it has {sorted(rows[at])}") from None
+            raise ValueError(f"row {at} has no column {name!r}; it has {listing(rows[at])}" + nearest(name, rows[at])) from None
         except ValueError as error:
             raise ValueError(f"column {name!r} ({column}): {error}") from None
     return pa.table(arrays)  # never empty: a pipeline reads at least one column

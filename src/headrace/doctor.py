@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from headrace import __version__
+
 RAY_VERSION = "2.60.0"
 _EXTRAS = {"torch": "models", "sentence-transformers": "text embeddings", "pillow": "images", "deltalake": "Delta tables", "s3fs": "fsspec's S3"}
 
@@ -50,7 +52,8 @@ def ray_version() -> Finding:
 
 def versions() -> Iterator[Finding]:
     """Versions of what headrace stands on, and which optional packages are there."""
-    for name in ("headrace", "pyarrow", "numpy"):
+    yield Finding("ok", f"headrace {__version__}")
+    for name in ("pyarrow", "numpy"):
         yield Finding("ok", f"{name} {importlib.metadata.version(name)}")
     for name, use in _EXTRAS.items():
         try:
@@ -81,6 +84,8 @@ def shared_memory(path: str = "/dev/shm") -> Finding:
 
 def disk(path: str, *, need_gb: float) -> Finding:
     """Room where Ray keeps logs and spills objects that do not fit in memory."""
+    if not os.path.isdir(path):
+        return Finding("problem", f"no folder {path}, where Ray would log and spill", "make it, or set RAY_TMPDIR to another one")
     usage = shutil.disk_usage(path)
     found = f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} on the disk of {path}, where Ray logs and spills"
     if usage.free / usage.total < 0.05:

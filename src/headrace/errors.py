@@ -18,7 +18,10 @@ A message says what is wrong, the value, what is allowed and the nearest fix.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 
 class HeadraceError(Exception):
@@ -74,9 +77,17 @@ class RunError(HeadraceError):
     """The engine failed, or rows are missing at the end."""
 
 
+def check_number(value: Any, what: str, *, whole: bool = False, zero: bool = False) -> None:
+    """Raise DefinitionError unless `value` is a finite number above 0 (or, with `zero`, 0), without a fraction if `whole`."""
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        allowed = f"whole number of at least {0 if zero else 1}" if whole else f"number {'of at least' if zero else 'above'} 0"
+        raise DefinitionError(f"{what} must be a {allowed}, got {value!r}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: `'; did you mean 'text'?'`, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, map(str, known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

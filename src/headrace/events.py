@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,8 @@ def to_json_lines(events: Iterable[Event]) -> str:
 
 def from_json_lines(text: str) -> list[Event]:
     """The inverse of `to_json_lines`; raises KeyError for an event of no known kind."""
-    kinds: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+    # Not by __subclasses__: slots make a second class of each, and the first may still be listed.
+    kinds: dict[str, Callable[..., Event]] = {name: kind for name, kind in globals().items() if isinstance(kind, type) and issubclass(kind, Event)}
     found = []
     for line in text.splitlines():
         values: dict[str, Any] = json.loads(line)

@@ -10,7 +10,9 @@ Comparisons of columns with literals, `in`, `is None`, `is not None`, `and`, `or
 from __future__ import annotations
 
 import ast
+import functools
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+_ZONE = re.compile(r"\d\d:\d\d.*([zZ]|[+-]\d\d(:?\d\d)?)$")
 _ALLOWED = "allowed are columns compared with literals (== != < <= > >=), in (...), is None, is not None, and, or, not"
 
 
@@ -50,8 +53,12 @@ def parse(text: str, schema: pa.Schema) -> Filter:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise SourceError(f"--where {text!r} is not an expression: {error.msg}; {_ALLOWED}") from None
-    reader = _Reader(text, schema)
-    return Filter(text, tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))), reader.truth(tree))
+    expression = _Reader(text, schema).truth(tree)
+    try:
+        schema.empty_table().filter(expression)
+    except pa.ArrowException as error:  # two columns that do not compare, say
+        raise SourceError(f"--where {text!r} does not fit the input's columns: {error}") from None
+    return Filter(text, tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))), expression)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +108,13 @@ class _Reader:
             return _COMPARE[type(op)](field, self.column(right)[0])
         try:
             value = ast.literal_eval(right)
-        except ValueError:
+        except (ValueError, TypeError):
             raise self.refuse(right) from None
         if value is None and isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
             return field.is_valid() if isinstance(op, (ast.IsNot, ast.NotEq)) else field.is_null()
         if isinstance(op, (ast.In, ast.NotIn)) and isinstance(value, (list, tuple, set)):
-            found = field.isin(pa.array([self.literal(item, kind, left).as_py() for item in value], kind))
+            matches = [field == pc.scalar(self.literal(item, kind, left)) for item in value]  # a null is in no list, and not outside of one
+            found = functools.reduce(operator.or_, matches) if matches else pc.scalar(False)
             return found if isinstance(op, ast.In) else ~found
         if type(op) not in _COMPARE:
             raise self.refuse(ast.Compare(left, [op], [right]))
@@ -115,13 +123,16 @@ class _Reader:
     def literal(self, value: Any, kind: pa.DataType, column: ast.expr) -> pa.Scalar:
         """The literal as a scalar of the column's type; a number against a whole-number column may have a fraction."""
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_temporal)
         try:
             if isinstance(value, float) and pa.types.is_integer(kind):
                 return pa.scalar(value, pa.float64())
-            if isinstance(value, str) != (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and not pa.types.is_temporal(kind):
-                raise ValueError("text and numbers do not compare")
+            if isinstance(value, str) != any(matches(kind) for matches in texts):
+                raise ValueError("dates are written as text, '2015-01-01'" if pa.types.is_temporal(kind) else "text and numbers do not compare")
+            if pa.types.is_timestamp(kind) and not _ZONE.search(value):  # without a zone, an instant is in UTC
+                return pc.assume_timezone(pa.scalar(value).cast(pa.timestamp(kind.unit)), "UTC").cast(kind) if kind.tz else pa.scalar(value).cast(kind)
             return pa.scalar(value).cast(kind)
-        except (pa.ArrowException, ValueError, TypeError) as error:
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise SourceError(
                 f"--where {self.text!r}: {value!r} does not fit column {ast.unparse(column)!r} of type {kind}: {error}"
             ) from None

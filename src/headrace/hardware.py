@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headrace.errors import DefinitionError, HardwareError
+from headrace.errors import DefinitionError, HardwareError, check_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +19,14 @@ class Hardware:
     memory_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus < 0 or self.gpus < 0 or not math.isfinite(self.cpus + self.gpus):
-            raise DefinitionError(f"hardware counts must be finite and not negative, got cpus={self.cpus}, gpus={self.gpus}")
+        check_number(self.cpus, "cpus", zero=True)
+        check_number(self.gpus, "gpus", zero=True)
         if self.cpus == 0 and self.gpus == 0:
             raise DefinitionError("hardware of nothing: ask for hr.cpu(n) or hr.gpu(n) with n > 0")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise DefinitionError(f"more than one accelerator must be a whole number, got {self.gpus}")
-        if self.memory_gb is not None and self.memory_gb <= 0:
-            raise DefinitionError(f"memory_gb must be positive, got {self.memory_gb}")
+        if self.memory_gb is not None:
+            check_number(self.memory_gb, "memory_gb")
 
     @property
     def device(self) -> str:
@@ -34,7 +34,8 @@ class Hardware:
         return "cuda" if self.gpus else "cpu"
 
     def __str__(self) -> str:
-        need = f"gpu({self.gpus:g}{''.join(f', {kind}' for kind in self.kinds)})" if self.gpus else f"cpu({self.cpus:g})"
+        kinds = "".join(f", {kind}" for kind in self.kinds) + (f", cpus={self.cpus:g}" if self.cpus != 1 else "")
+        need = f"gpu({self.gpus:g}{kinds})" if self.gpus else f"cpu({self.cpus:g})"
         return need + (f" with {self.memory_gb:g} GB" if self.memory_gb else "")
 
 
@@ -43,8 +44,7 @@ def gpu(count: float = 1, *kinds: str, cpus: float = 1, memory_gb: float | None 
 
     A fraction shares one accelerator among replicas. `cpus` cores come with each replica.
     """
-    if count <= 0:
-        raise DefinitionError(f"hr.gpu(count) must be positive, got {count}")
+    check_number(count, "hr.gpu(count, *kinds): count")
     if wrong := [kind for kind in kinds if not isinstance(kind, str)]:
         raise DefinitionError(f"hr.gpu takes accelerator names as text after the count, got {wrong[0]!r}")
     return Hardware(cpus=cpus, gpus=count, kinds=kinds, memory_gb=memory_gb)
@@ -109,8 +109,7 @@ class Choice:
     fits: int
 
     def __str__(self) -> str:
-        wanted = Hardware(self.hardware.cpus, self.hardware.gpus, (self.kind,) if self.kind else (), self.hardware.memory_gb)
-        return str(wanted)
+        return str(replace(self.hardware, kinds=(self.kind,) if self.kind else ()))
 
 
 def choose(on: Sequence[Hardware], cluster: Cluster, *, stage: str) -> Choice:
@@ -126,6 +125,46 @@ def choose(on: Sequence[Hardware], cluster: Cluster, *, stage: str) -> Choice:
                 return Choice(hardware, kind, fits)
     wanted = " or ".join(map(str, on))
     raise HardwareError(
-        f"stage {stage!r} asks for {wanted}, and no node has it; the cluster has {cluster}. "
-        f"Add such a node, or an entry to the stage's on=[...] that this cluster can hold, such as hr.cpu(1)"
+        f"stage {stage!r} asks for {wanted}, and no node has it; the cluster has {cluster}; "
+        "add such a node, or an entry to the stage's on=[...] that this cluster can hold, such as hr.cpu(1)"
     )
+
+
+def share(wishes: Sequence[tuple[str, Choice, int, int | None]], cluster: Cluster) -> list[int]:
+    """How many replicas each stage gets when all of them live on `cluster` at once.
+
+    A wish is (stage, choice, least, most), a most of None meaning as many as there is room for. Everyone gets the least
+    that was asked for, then the stages take one more each in turn, until nothing more fits.
+
+    Raises:
+        HardwareError: the least of all stages together is more than the cluster has.
+    """
+    # What needs no accelerator goes to the nodes with the fewest of them.
+    rooms = [(node, [node.cpus, node.gpus, node.memory_gb]) for node in sorted(cluster.nodes, key=lambda node: node.gpus)]
+
+    def place(choice: Choice) -> bool:
+        need = (choice.hardware.cpus, choice.hardware.gpus, choice.hardware.memory_gb or 0)
+        for node, room in rooms:
+            if choice.kind in (None, *node.kinds) and all(has + 1e-9 >= asked for has, asked in zip(room, need, strict=True)):
+                room[:] = [has - asked for has, asked in zip(room, need, strict=True)]
+                return True
+        return False
+
+    for stage, choice, least, _ in wishes:
+        for count in range(least):
+            if not place(choice):
+                others = ", ".join(f"{wish[2]} of {wish[0]!r} on {wish[1]}" for wish in wishes)
+                raise HardwareError(
+                    f"no room for replica {count + 1} of stage {stage!r} on {choice}: the stages need at least {others} at the same time, "
+                    f"and the cluster has {cluster}; lower replicas=(least, most), ask for less in on=[...], or add a node"
+                )
+    counts = [least for _, _, least, _ in wishes]
+    growing = list(range(len(wishes)))
+    while growing:
+        for at in list(growing):
+            _, choice, _, most = wishes[at]
+            if counts[at] < min(choice.fits, choice.fits if most is None else most) and place(choice):
+                counts[at] += 1
+            else:
+                growing.remove(at)
+    return counts

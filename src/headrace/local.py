@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headrace.columns import ANY, table, to_rows
+from headrace.columns import table, to_rows
 from headrace.errors import WiringError
 from headrace.pipeline import Pipeline
 from headrace.worker import Worker
 
 
-def local(
-    pipeline: Pipeline, rows: Sequence[Mapping[str, Any]], *, keep: Sequence[str] = (), device: str = "cpu"
-) -> list[dict[str, Any]]:
+def local(pipeline: Pipeline, rows: Sequence[Mapping[str, Any]], *, keep: Sequence[str] = (), device: str = "cpu") -> list[dict[str, Any]]:
     """The pipeline's outputs, after the input columns named in `keep`, for each row, in order.
 
     Every stage is set up anew in this process, on `device`.
 
     Raises:
-        WiringError: a row lacks an input column, or holds a value that the column's type forbids.
+        WiringError: a row lacks a column, or holds a value that its type forbids; or a column to keep is overwritten.
         StageError: a stage raised, or returned something other than it declared.
     """
-    kept = {name: pipeline.inputs.get(name, ANY) for name in keep}
+    kept = pipeline.kept(keep)
     try:
         data = table(rows, {**kept, **pipeline.inputs})
     except ValueError as error:
         raise WiringError(f"pipeline {pipeline.name!r}: {error}") from error
     for stage in pipeline.stages:
         data = Worker([stage], device=device, overlap=False)(data)
-    return to_rows(data, {**{name: column for name, column in kept.items() if name not in pipeline.outputs}, **pipeline.outputs})
+    return to_rows(data, {**kept, **pipeline.outputs})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from headrace.columns import ANY, ColumnType, type_of
+from headrace.columns import ANY, ColumnType, types_of
 from headrace.errors import DefinitionError, SettingError, WiringError, listing, nearest
 from headrace.stage import NAME, Stage
 
@@ -27,13 +27,7 @@ class Pipeline:
 
     __slots__ = ("inputs", "name", "outputs", "stages")
 
-    def __init__(
-        self,
-        name: str,
-        *steps: Any,
-        inputs: Mapping[str, Any] | None = None,
-        outputs: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, name: str, *steps: Any, inputs: Mapping[str, Any] | None = None, outputs: Sequence[str] | None = None) -> None:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise DefinitionError(f"the first argument of hr.Pipeline is its name, an identifier such as 'reviews', got {name!r}")
         self.name = name
@@ -43,12 +37,13 @@ class Pipeline:
         names = [stage.name for stage in self.stages]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise DefinitionError(f"pipeline {name!r} has two stages named {twice!r}; tell them apart with @hr.stage(name=...)")
-        declared = None if inputs is None else {column: type_of(annotation) for column, annotation in inputs.items()}
-        self.inputs, written = _wire(self.stages, declared)
+        declared = None if inputs is None else types_of(inputs, f"pipeline {name!r}: inputs")
+        self.inputs, written, self.stages = _wire(self.stages, declared)
+        if isinstance(outputs, str):
+            raise DefinitionError(f"pipeline {name!r}: outputs is a list of columns, such as outputs=[{outputs!r}], got {outputs!r}")
         if unknown := [column for column in outputs or () if column not in written]:
             raise WiringError(
-                f"pipeline {name!r}: outputs names {unknown[0]!r}, which no stage writes; they write {listing(written)}"
-                + nearest(unknown[0], written)
+                f"pipeline {name!r}: outputs names {unknown[0]!r}, which no stage writes; they write {listing(written)}" + nearest(unknown[0], written)
             )
         self.outputs: Mapping[str, ColumnType] = MappingProxyType({column: written[column] for column in outputs or written})
 
@@ -74,6 +69,19 @@ class Pipeline:
             pipeline = pipeline.replace(pipeline.stage(name).with_settings(values))
         return pipeline
 
+    def kept(self, keep: Sequence[str]) -> dict[str, ColumnType]:
+        """Those columns of `keep` that pass unchanged from the source to the result, with types; an output is in it anyway.
+
+        Raises:
+            WiringError: a stage overwrites one of them.
+        """
+        if isinstance(keep, str):
+            raise WiringError(f"keep is a list of columns, such as keep=[{keep!r}], got {keep!r}")
+        for stage in self.stages:
+            if lost := [name for name in keep if name in stage.writes and name not in self.outputs]:
+                raise WiringError(f"cannot keep {lost[0]!r} as it was: stage {stage.name!r} writes a column of that name; write to another name")
+        return {name: self.inputs.get(name, ANY) for name in keep if name not in self.outputs}
+
     def local(self, rows: Sequence[Mapping[str, Any]], *, keep: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Run in this process; the definition of correct for every target. See `headrace.local.local`."""
         from headrace.local import local  # local stands on pipeline: imported late, for the sake of this one method
@@ -92,28 +100,34 @@ def _flatten(steps: Sequence[Any]) -> Iterator[Stage]:
             yield Stage.of(step)
 
 
-def _wire(
-    stages: Sequence[Stage], declared: Mapping[str, ColumnType] | None
-) -> tuple[Mapping[str, ColumnType], dict[str, ColumnType]]:
-    """The columns that the source must have, and those that the stages write, with types; every edge checked."""
+def _wire(stages: Sequence[Stage], declared: Mapping[str, ColumnType] | None) -> tuple[Mapping[str, ColumnType], dict[str, ColumnType], tuple[Stage, ...]]:
+    """The columns that the source must have, those that the stages write, and the stages, with every type known that can be."""
     inputs = dict(declared or {})
     written: dict[str, ColumnType] = {}
     writer: dict[str, str] = {}
+    wired = []
     for stage in stages:
+        reads = dict(stage.reads)
         for name, wanted in stage.reads.items():
             if name not in written:
                 if declared is not None and name not in declared:
                     known = [*inputs, *written]
-                    raise WiringError(f"stage {stage.name!r} reads {name!r}, which is no input and no stage before it writes; there are {listing(known)}" + nearest(name, known))
+                    raise WiringError(
+                        f"stage {stage.name!r} reads {name!r}, which is no input and no stage before it writes; there are {listing(known)}"
+                        + nearest(name, known)
+                    )
                 inputs[name] = _narrower(inputs.get(name, ANY), wanted, name, stage.name)
             elif not written[name].feeds(wanted):
                 raise WiringError(
                     f"stage {stage.name!r} reads {name!r} as {wanted}, but stage {writer[name]!r} writes it as {written[name]}; "
                     f"declare the parameter as {written[name]}, or change what {writer[name]!r} returns"
                 )
+            elif wanted.kind == "any":
+                reads[name] = written[name]  # the writer knows: a ragged vector of int32 arrives as one, not as a list
+        wired.append(replace(stage, reads=MappingProxyType(reads)))
         written |= stage.writes
         writer |= dict.fromkeys(stage.writes, stage.name)
-    return MappingProxyType(inputs), written
+    return MappingProxyType(inputs), written, tuple(wired)
 
 
 def _narrower(known: ColumnType, wanted: ColumnType, name: str, stage: str) -> ColumnType:
@@ -122,7 +136,7 @@ def _narrower(known: ColumnType, wanted: ColumnType, name: str, stage: str) -> C
         return wanted
     if known.feeds(wanted):
         return known
-    both = dataclasses.replace(known, optional=False)
-    if both.feeds(wanted):
-        return both
-    raise WiringError(f"stage {stage!r} reads input {name!r} as {wanted}, but an earlier reader declares it as {known}; declare both alike")
+    for both, other in ((replace(known, optional=False), wanted), (replace(wanted, optional=False), known)):
+        if both.feeds(other):
+            return both
+    raise WiringError(f"stage {stage!r} reads input {name!r} as {wanted}, but it is declared as {known} before; declare both alike")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from headrace.columns import ANY, ColumnType
-from headrace.errors import WiringError
-from headrace.hardware import Choice, Cluster, choose
+from headrace.columns import ColumnType
+from headrace.hardware import Choice, Cluster, choose, share
 from headrace.pipeline import Pipeline
 from headrace.stage import Stage
 
@@ -39,13 +38,12 @@ class Plan:
     @property
     def source(self) -> dict[str, ColumnType]:
         """Columns to read from the source: what the stages read, and what is kept."""
-        return {**self.pipeline.inputs, **{name: ANY for name in self.keep if name not in self.pipeline.inputs}}
+        return {**self.pipeline.inputs, **self.pipeline.kept(self.keep)}
 
     @property
     def columns(self) -> dict[str, ColumnType]:
         """Columns of the result: the kept ones first, then the pipeline's outputs."""
-        kept = {name: self.pipeline.inputs.get(name, ANY) for name in self.keep if name not in self.pipeline.outputs}
-        return {**kept, **self.pipeline.outputs}
+        return {**self.pipeline.kept(self.keep), **self.pipeline.outputs}
 
 
 def resolve(pipeline: Pipeline, cluster: Cluster, *, keep: Sequence[str] = ()) -> Plan:
@@ -58,31 +56,35 @@ def resolve(pipeline: Pipeline, cluster: Cluster, *, keep: Sequence[str] = ()) -
         HardwareError: no node can hold a stage.
         WiringError: a column to keep is overwritten by a stage.
     """
-    for stage in pipeline.stages:
-        if lost := [name for name in keep if name in stage.writes and name not in pipeline.outputs]:
-            raise WiringError(f"cannot keep {lost[0]!r} as it was: stage {stage.name!r} writes a column of that name; write to another name")
     runs: list[list[tuple[Stage, Choice]]] = []
     for stage in pipeline.stages:
         choice = choose(stage.on, cluster, stage=stage.name)
         last = runs[-1][-1] if runs else None
         fuse = last and not (stage.is_model or last[0].is_model) and last[1] == choice and dict(last[0].ray) == dict(stage.ray)
         runs[-1].append((stage, choice)) if fuse else runs.append([(stage, choice)])
+    replicas = _replicas(runs, cluster)
     groups: list[Group] = []
-    needed = {**{name: ANY for name in keep}, **pipeline.outputs}
+    needed = {**pipeline.kept(keep), **pipeline.outputs}
     for run in reversed(runs):  # backwards, because what a group must pass on depends on the groups after it
         stages, choice = tuple(stage for stage, _ in run), run[0][1]
-        replicas = _replicas(stages[0], choice) if stages[0].is_model else None
-        groups.append(Group("+".join(stage.name for stage in stages), stages, choice, replicas, needed))
+        name = "+".join(stage.name for stage in stages)
+        groups.append(Group(name, stages, choice, replicas.get(name) if stages[0].is_model else None, needed))
         for stage in reversed(stages):
             needed = {name: column for name, column in needed.items() if name not in stage.writes} | dict(stage.reads)
     return Plan(pipeline, cluster, tuple(reversed(groups)), tuple(keep))
 
 
-def _replicas(stage: Stage, choice: Choice) -> tuple[int, int]:
-    """The stage's bounds, the upper one held to what fits on the cluster."""
-    least, most = stage.replicas
-    most = choice.fits if most is None else min(most, choice.fits)
-    return min(least, most), most
+def _replicas(runs: Sequence[Sequence[tuple[Stage, Choice]]], cluster: Cluster) -> dict[str, tuple[int, int]]:
+    """Bounds for each model, the upper ones such that all of them fit on the cluster at once, beside the functions."""
+    wishes = []
+    for run in runs:
+        stage, choice = run[0]
+        if stage.is_model:
+            wishes.append((stage.name, choice, *stage.replicas))
+        elif choice.hardware.gpus or choice.hardware.cpus > 1:  # one CPU is always left to functions, see on_ray/cluster.py
+            wishes.append((stage.name, choice, 1, 1))
+    counts = share(wishes, cluster)
+    return {name: (least, count) for (name, _, least, _), count in zip(wishes, counts, strict=True)}
 
 
 def explain(plan: Plan, *, cluster: bool = True) -> str:

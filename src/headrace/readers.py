@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from headrace.columns import ANY, ColumnType, conform
 from headrace.errors import SourceError
-from headrace.units import Source, Unit
+from headrace.units import Source, Unit, plain
 
 _STREAM_BYTES = 4 << 20  # what is parsed at once of CSV and JSON Lines; a longer line makes it grow
 _LONGEST_LINE_BYTES = 1 << 30
@@ -39,17 +39,20 @@ def read(source: Source, unit: Unit, wanted: Mapping[str, ColumnType], *, block_
             if left is not None:
                 data = data.slice(0, left)
                 left -= data.num_rows
-            yield _conformed(data, wanted, unit, seen)
+            yield _conformed(data, wanted, source, unit, seen)
             seen += rows
             if left == 0:
                 return
 
 
-def _conformed(data: pa.Table, wanted: Mapping[str, ColumnType], unit: Unit, before: int) -> pa.Table:
+def _conformed(data: pa.Table, wanted: Mapping[str, ColumnType], source: Source, unit: Unit, before: int) -> pa.Table:
     arrays = {}
     for name, column in wanted.items():
         try:
-            arrays[name] = conform(data[name], column)
+            array = conform(data[name], column)
+            if column.kind == "any":  # carried as it is; only files that differ in width or encoding are made alike
+                array = array.cast(plain(source.schema.field(name).type))
+            arrays[name] = array
         except (ValueError, pa.ArrowException) as error:
             place = f"{unit.paths[0]!r}" + ("" if unit.row_group is None else f", row group {unit.row_group}")
             raise SourceError(f"{place}, after row {before}: column {name!r} does not fit {column}: {error}") from error
@@ -60,8 +63,9 @@ def _tables(source: Source, unit: Unit, columns: Mapping[str, ColumnType], block
     """The unit's raw tables, with at least `columns`."""
     if source.format == "images":
         for path in unit.paths:
-            with source.place.filesystem.open_input_stream(path) as stream:
-                yield pa.table({"path": [path], "image": pa.array([stream.read()], pa.binary())})
+            with naming(path), source.place.filesystem.open_input_stream(path, compression=None) as stream:
+                image = stream.read()
+            yield pa.table({"path": [path], "image": pa.array([image], pa.binary())})
     elif source.format == "parquet":
         fetch = unit.size_bytes <= _PREFETCH_BYTES
         with pq.ParquetFile(unit.paths[0], filesystem=source.place.filesystem, pre_buffer=fetch, buffer_size=0 if fetch else 1 << 20) as file:
@@ -86,9 +90,9 @@ def text_tables(source: Source, path: str, columns: Mapping[str, ColumnType]) ->
                     done = seen
             return
         except pa.ArrowInvalid as error:
-            if "straddl" not in str(error) or block_bytes > _LONGEST_LINE_BYTES:
+            if "straddl" not in str(error) or block_bytes >= _LONGEST_LINE_BYTES:
                 raise
-            block_bytes *= 8
+            block_bytes = min(8 * block_bytes, _LONGEST_LINE_BYTES)
 
 
 def _parsed(source: Source, path: str, columns: Mapping[str, ColumnType], block_bytes: int) -> Iterator[pa.Table]:
@@ -101,8 +105,9 @@ def _parsed(source: Source, path: str, columns: Mapping[str, ColumnType], block_
             reader = pa.csv.open_csv(
                 stream,
                 pa.csv.ReadOptions(block_size=block_bytes),
-                pa.csv.ParseOptions(delimiter="\t" if ".tsv" in path else ",", newlines_in_values=True),
-                pa.csv.ConvertOptions(column_types=types, include_columns=list(columns), strings_can_be_null=True),
+                pa.csv.ParseOptions(delimiter="\t" if path.lower().endswith((".tsv", ".tsv.gz")) else ",", newlines_in_values=True),
+                # Only an empty cell is a null: Arrow's own list would make one of the texts NA and null.
+                pa.csv.ConvertOptions(column_types=types, include_columns=list(columns), strings_can_be_null=True, null_values=[""]),
             )
         else:
             parse = pa.json.ParseOptions(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from headrace.events import BlockDone, BudgetHalved, Event, FileWritten, ReplicaReady, RunFinished, UnitRead
 
@@ -42,11 +43,11 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.rows_out:,} rows in {self.wall_s:.1f} s: {self.rows_per_s:,.0f} rows/s, {self.steady_rows_per_s:,.0f} in steady state",
-            f"{self.files} files, {self.bytes / 1e6:,.1f} MB in {self.output}",
+            f"{_count(self.rows_out, 'row')} in {self.wall_s:.1f} s: {_rate(self.rows_per_s)} rows/s, {_rate(self.steady_rows_per_s)} in steady state",
+            f"{_count(self.files, 'file')}, {_size(self.bytes)} in {self.output}",
         ]
         for group in self.groups:
-            kept = f" on {group.replicas} replicas, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
+            kept = f" on {_count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
         for halved in self.budgets_halved:
@@ -54,47 +55,98 @@ class Report:
         return "\n".join(lines)
 
 
-def summarise(events: Sequence[Event], *, pipeline: str, output: str, groups: Sequence[str]) -> Report:
-    """The report of a finished run from its events, whatever order they came in."""
-    finished = next(event for event in events if isinstance(event, RunFinished))
-    files = [event for event in events if isinstance(event, FileWritten)]
-    blocks = {name: [event for event in events if isinstance(event, BlockDone) and event.group == name] for name in groups}
-    ready = {name: [event for event in events if isinstance(event, ReplicaReady) and event.group == name] for name in groups}
-    slowest = max(groups, key=lambda name: sum(block.busy_s for block in blocks[name]))
-    return Report(
-        pipeline=pipeline,
-        output=output,
-        rows_in=finished.rows_in,
-        rows_out=finished.rows_out,
-        files=len(files),
-        bytes=sum(file.bytes for file in files),
-        wall_s=finished.wall_s,
-        steady_rows_per_s=_steady(blocks[slowest]),
-        groups=tuple(_group(name, blocks[name], ready[name]) for name in groups),
-        budgets_halved=tuple(event for event in events if isinstance(event, BudgetHalved)),
-    )
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
-def rows_read(events: Sequence[Event]) -> int:
-    """Rows that the source gave. A unit that was read twice, because its first reader died, counts once."""
-    return sum({event.unit: event.rows for event in events if isinstance(event, UnitRead)}.values())
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.1f}"
 
 
-def _group(name: str, blocks: Sequence[BlockDone], ready: Sequence[ReplicaReady]) -> GroupReport:
-    padded, real = sum(block.padded_tokens for block in blocks), sum(block.tokens for block in blocks)
-    return GroupReport(
-        name=name,
-        rows=sum(block.rows for block in blocks),
-        busy_s=sum(block.busy_s for block in blocks),
-        replicas=len(ready),
-        setup_s=max((event.setup_s for event in ready), default=0.0),
-        padding=1 - real / padded if padded else 0.0,
-    )
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def _steady(blocks: Sequence[BlockDone]) -> float:
-    """Rows per second from the start of the first block to the end of the last, over all replicas."""
-    if not blocks:
-        return 0.0
-    span = max(block.at_s for block in blocks) - min(block.at_s - block.busy_s for block in blocks)
-    return sum(block.rows for block in blocks) / max(span, 1e-9)
+@dataclass(slots=True)
+class _Sums:
+    """Running sums over a group's blocks and replicas."""
+
+    rows: int = 0
+    busy_s: float = 0.0
+    tokens: int = 0
+    padded_tokens: int = 0
+    first_s: float = math.inf
+    last_s: float = -math.inf
+    replicas: int = 0
+    setup_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Events folded into sums as they come: its size grows with units and files, never with rows or blocks."""
+
+    units: dict[int, int] = field(default_factory=dict)
+    groups: dict[str, _Sums] = field(default_factory=dict)
+    files: int = 0
+    bytes: int = 0
+    halved: dict[str, BudgetHalved] = field(default_factory=dict)
+    finished: RunFinished | None = None
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Fold in events, in whatever order they come."""
+        for event in events:
+            match event:
+                case UnitRead(unit=unit, rows=rows):
+                    self.units[unit] = rows  # a unit that is read twice, because its first reader died, counts once
+                case BlockDone():
+                    sums = self.groups.setdefault(event.group, _Sums())
+                    sums.rows += event.rows
+                    sums.busy_s += event.busy_s
+                    sums.tokens += event.tokens
+                    sums.padded_tokens += event.padded_tokens
+                    sums.first_s = min(sums.first_s, event.at_s - event.busy_s)
+                    sums.last_s = max(sums.last_s, event.at_s)
+                case ReplicaReady(group=group, setup_s=setup_s):
+                    sums = self.groups.setdefault(group, _Sums())
+                    sums.replicas += 1
+                    sums.setup_s = max(sums.setup_s, setup_s)
+                case FileWritten():
+                    self.files += 1
+                    self.bytes += event.bytes
+                case BudgetHalved(stage=stage):
+                    self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
+                case RunFinished():
+                    self.finished = event
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that the source gave."""
+        return sum(self.units.values())
+
+    def report(self, *, pipeline: str, output: str, groups: Sequence[str]) -> Report:
+        """The report of a finished run; `groups` are those of the plan, in order."""
+        assert self.finished is not None, "a report is made of a finished run"
+        sums = {name: self.groups.get(name, _Sums()) for name in groups}
+        slowest = max(sums.values(), key=lambda one: one.busy_s)
+        return Report(
+            pipeline=pipeline,
+            output=output,
+            rows_in=self.finished.rows_in,
+            rows_out=self.finished.rows_out,
+            files=self.files,
+            bytes=self.bytes,
+            wall_s=self.finished.wall_s,
+            steady_rows_per_s=slowest.rows / max(slowest.last_s - slowest.first_s, 1e-9) if slowest.rows else 0.0,
+            groups=tuple(
+                GroupReport(
+                    name=name,
+                    rows=one.rows,
+                    busy_s=one.busy_s,
+                    replicas=one.replicas,
+                    setup_s=one.setup_s,
+                    padding=1 - one.tokens / one.padded_tokens if one.padded_tokens else 0.0,
+                )
+                for name, one in sums.items()
+            ),
+            budgets_halved=tuple(self.halved.values()),
+        )

@@ -36,8 +36,14 @@ def override(pipeline: Pipeline, assignments: Sequence[str]) -> Pipeline:
 def _value(stage: Stage, setting: str, text: str) -> Any:
     import pydantic  # a third of a second to import, and only --set needs it
 
-    hint = typing.get_type_hints(type(stage.call), include_extras=True)[setting]
-    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+    try:
+        hint = typing.get_type_hints(type(stage.call), include_extras=True)[setting]
+        adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+    except (NameError, pydantic.errors.PydanticUserError) as error:
+        raise SettingError(
+            f"--set {stage.name}.{setting}={text!r}: its annotation is nothing that text can be checked against ({error}); "
+            "use str, bool, int, float, list, dict, a Literal or an Enum, or set it in Python with pipeline.with_settings"
+        ) from error
     problems = []
     for candidate in _candidates(text):
         try:

@@ -63,13 +63,15 @@ def open_sink(output: Output) -> Sink:
     return Sink(locate(output.path, error=OutputError), output.format)
 
 
-def prepare(sink: Sink, *, pipeline: str) -> None:
-    """Make the folder, and note whose it is.
+def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
+    """Make the folder for rows of `schema`, and note whose it is.
 
     Raises:
-        OutputError: the folder is not empty, or cannot be written; says what is in it.
+        OutputError: the folder is not empty, or cannot be written; says what is in it. Or the format cannot hold a column.
     """
     place = sink.place
+    if sink.format == "delta":
+        _delta_schema(schema)
     try:
         held = [info.base_name for info in place.filesystem.get_file_info(fs.FileSelector(place.path, allow_not_found=True))]
         if RECORD in held:
@@ -103,7 +105,8 @@ def finish(sink: Sink, files: Sequence[FileWritten], schema: pa.Schema) -> None:
     try:
         ours = {file.path for file in files}
         for info in place.filesystem.get_file_info(fs.FileSelector(place.path)):
-            if info.base_name.startswith("part-") and info.base_name not in ours:
+            # With a dot before its name it is what a writer on a local disk was writing when it died.
+            if info.base_name.removeprefix(".").startswith("part-") and info.base_name not in ours:
                 place.filesystem.delete_file(info.path)
         if sink.format == "delta":
             _commit_delta(sink, files, schema)
@@ -149,13 +152,14 @@ def _parquet(data: pa.Table) -> pa.Buffer:
 
 def _json_lines(data: pa.Table) -> bytes:
     """One JSON object a line; bytes and images as base64, instants in ISO form, NaN and infinities as null."""
-    return "".join(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n" for row in data.to_pylist()).encode()
+    rows = ({name: _plain(value) for name, value in row.items()} for row in data.to_pylist())
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()  # decimals keep all their digits as text
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
@@ -177,6 +181,7 @@ def _commit_delta(sink: Sink, files: Sequence[FileWritten], schema: pa.Schema) -
     deltalake = _deltalake()
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
+    table = _delta_schema(schema)
     uri = sink.place.path if sink.place.is_local else sink.place.uri
     actions = [
         AddAction(
@@ -189,18 +194,39 @@ def _commit_delta(sink: Sink, files: Sequence[FileWritten], schema: pa.Schema) -
         )
         for file in files
     ]
-    insecure = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    create_table_with_add_actions(
-        uri,
-        deltalake.Schema.from_arrow(_delta_schema(schema)),
-        actions,
-        mode="error",
-        partition_by=[],
-        storage_options={"AWS_ALLOW_HTTP": "true"} if insecure else None,
-    )
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    try:
+        create_table_with_add_actions(
+            uri,
+            table,
+            actions,
+            mode="error",
+            partition_by=[],
+            storage_options={"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else None,
+        )
+    except deltalake.exceptions.DeltaError as error:
+        raise OutputError(f"cannot commit the Delta table {uri!r}: {error}") from error
 
 
-def _delta_schema(schema: pa.Schema) -> pa.Schema:
-    """Delta has no vectors of fixed size; in the files they are lists anyway."""
-    fields = [field.with_type(pa.list_(field.type.value_type)) if pa.types.is_fixed_size_list(field.type) else field for field in schema]
-    return pa.schema([pa.field(field.name, field.type, field.nullable) for field in fields])
+def _delta_schema(schema: pa.Schema) -> Any:
+    """The schema as Delta's own. Delta has no vectors of fixed size; in the files they are lists anyway."""
+    fields = []
+    for field in schema:
+        if not _in_delta(field.type):
+            raise OutputError(f"a Delta table cannot hold column {field.name!r} of type {field.type}; leave it out, convert it in a stage, or write parquet")
+        kind = pa.list_(field.type.value_type) if pa.types.is_fixed_size_list(field.type) else field.type
+        fields.append(pa.field(field.name, kind, field.nullable))
+    return _deltalake().Schema.from_arrow(pa.schema(fields))
+
+
+def _in_delta(kind: pa.DataType) -> bool:
+    """Whether Delta has the type. deltalake itself takes unsigned numbers for signed ones, and would misread them."""
+    is_ = pa.types
+    if is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind):
+        return _in_delta(kind.value_type)
+    if is_.is_struct(kind):
+        return all(_in_delta(field.type) for field in kind)
+    if is_.is_timestamp(kind):
+        return bool(kind.unit == "us")
+    known = (is_.is_boolean, is_.is_signed_integer, is_.is_float32, is_.is_float64, is_.is_decimal128, is_.is_date32)
+    return any(matches(kind) for matches in (*known, is_.is_string, is_.is_large_string, is_.is_binary, is_.is_large_binary))

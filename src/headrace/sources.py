@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -23,7 +24,7 @@ from headrace.columns import ANY, ColumnType, accepts, from_arrow
 from headrace.errors import SourceError, listing, nearest
 from headrace.filesystems import Place, find, locate
 from headrace.readers import naming, read, text_tables
-from headrace.units import Source, Unit
+from headrace.units import Source, Unit, plain
 
 FORMATS = {
     "parquet": (".parquet", ".pq", ".parq"),
@@ -32,9 +33,9 @@ FORMATS = {
     "images": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
 }
 _IMAGE_SCHEMA = pa.schema({"path": pa.string(), "image": pa.binary()})
-_PARSED_AS = {"str": pa.string(), "bytes": pa.string(), "image": pa.string()}  # bytes and images travel as base64
+_NO_NUMBER = r"^[+-]?(0[0-9]|[0-9]{19,}$)"  # as a number, 007 would lose its zeros, and an id of twenty digits its end
 _IMAGES_PER_UNIT = 64
-_FOOTER_THREADS = 32  # opening files is all waiting
+_OPENING_THREADS = 32  # opening files is all waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def open_source(wanted: Input) -> Source:
 def _matches(place: Place, format: str | None) -> list[fs.FileInfo]:
     try:
         infos = find(place)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise SourceError(f"cannot list {place.uri!r}: {error}") from error
     if not infos:
         raise SourceError(f"no file matches {place.uri!r}; check the path, and quote a glob so that the shell leaves it alone")
@@ -125,16 +126,18 @@ def _modified(info: fs.FileInfo) -> int:
 
 
 def _open_parquet(place: Place, files: list[fs.FileInfo]) -> Source:
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         footers = list(pool.map(lambda info: _footer(place, info.path), files))
     schema = footers[0].schema.to_arrow_schema()
     units: list[Unit] = []
     nulls: Counter[str] = Counter()
     heaviest = 1
     for info, footer in zip(files, footers, strict=True):
-        _same_schema(schema, footer.schema.to_arrow_schema(), files[0].path, info.path)
+        schema = _merged(schema, footer.schema.to_arrow_schema(), files[0].path, info.path)
         for number in range(footer.num_row_groups):
             group = footer.row_group(number)
+            if not group.num_rows:
+                continue
             heaviest = max(heaviest, group.total_byte_size // max(1, group.num_rows))
             for column in map(group.column, range(group.num_columns)):
                 nulls[column.path_in_schema] += (column.statistics and column.statistics.null_count) or 0
@@ -149,34 +152,63 @@ def _footer(place: Place, path: str) -> pq.FileMetaData:
         raise SourceError(f"cannot read the Parquet file {path!r}: {error}") from error
 
 
-def _same_schema(schema: pa.Schema, other: pa.Schema, first: str, path: str) -> None:
-    """Files of one input must agree in their columns; a difference in integer width or text encoding is cast away later."""
-    if missing := [name for name in schema.names if name not in other.names]:
-        raise SourceError(f"{path!r} has no column {missing[0]!r}, which {first!r} has; narrow the glob, or run them separately")
-    for field in schema:
-        here, there = from_arrow(field.type), from_arrow(other.field(field.name).type)
-        if here != there and not pa.types.is_null(other.field(field.name).type):
+def _merged(schema: pa.Schema, other: pa.Schema, first: str, path: str, *, text: str = "") -> pa.Schema:
+    """The schema of files of one input, which must agree in their columns; of two widths or encodings it has the wider."""
+    for at, field in enumerate(schema):
+        if field.name not in other.names:
+            raise SourceError(f"{path!r} has no column {field.name!r}, which {first!r} has; narrow the glob, or run them separately")
+        there = other.field(field.name).type
+        if field.type == there:
+            continue
+        kind = _common(field.type, there, text)
+        if kind is None:
+            here, there = from_arrow(field.type), from_arrow(there)
             raise SourceError(f"column {field.name!r} is {there} in {path!r} but {here} in {first!r}; run them separately")
+        schema = schema.set(at, field.with_type(kind))
+    return schema
+
+
+def _common(one: pa.DataType, other: pa.DataType, text: str) -> pa.DataType | None:
+    """The type that holds the values of both, or None. The types of CSV and JSON Lines are only guessed: 1 and 1.5 go together."""
+    one, other = plain(one), plain(other)
+    if not (text or from_arrow(one) == from_arrow(other) or pa.types.is_null(one) or pa.types.is_null(other)):
+        return None
+    try:
+        both = [pa.schema([("column", one)]), pa.schema([("column", other)])]
+        return pa.unify_schemas(both, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string() if text == "csv" else None
 
 
 def _text_source(place: Place, files: list[fs.FileInfo], kind: str) -> Source:
-    unit = [Unit(number, (info.path,), None, None, info.size, _modified(info)) for number, info in enumerate(files)]
-    bare = Source(place, kind, pa.schema([]), tuple(unit))
-    schema: pa.Schema | None = None
-    row_bytes = 1
-    for info in files:
-        with naming(info.path):
-            first = next(iter(text_tables(bare, info.path, {})), None)
-        if first is None:
-            continue
-        row_bytes = max(row_bytes, first.nbytes // max(1, first.num_rows))
-        if schema is None:
-            schema, where_from = first.schema, info.path
-        else:
-            _same_schema(schema, first.schema, where_from, info.path)
-    if schema is None:
+    units = [Unit(number, (info.path,), None, None, info.size, _modified(info)) for number, info in enumerate(files)]
+    bare = Source(place, kind, pa.schema([]), tuple(units))
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        starts = list(pool.map(lambda info: _start(bare, info.path), files))
+    known = [(path, schema, weight) for info, start in zip(files, starts, strict=True) if start for path, (schema, weight) in [(info.path, start)]]
+    if not known:
         raise SourceError(f"the input has no rows: {files[0].path!r}" + (f" and {len(files) - 1} more files" if len(files) > 1 else ""))
-    return replace(bare, schema=schema, row_bytes=row_bytes)
+    first, schema, _ = known[0]
+    for path, other, _ in known[1:]:
+        schema = _merged(schema, other, first, path, text=kind)
+    return replace(bare, schema=schema, row_bytes=max(weight for _, _, weight in known))
+
+
+def _start(bare: Source, path: str) -> tuple[pa.Schema, int] | None:
+    """The schema that a text file's first rows have, and the weight of one; None when it has no rows."""
+    with naming(path):
+        first = next(iter(text_tables(bare, path, {})), None)
+        if first is None:
+            return None
+        schema = first.schema
+        numbers = [field.name for field in schema if bare.format == "csv" and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type))]
+        if numbers:
+            as_text = replace(bare, schema=pa.schema([(name, pa.string()) for name in numbers]))
+            raw = next(iter(text_tables(as_text, path, dict.fromkeys(numbers, ANY))))
+            for name in numbers:
+                if pc.any(pc.match_substring_regex(raw[name], _NO_NUMBER)).as_py():
+                    schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
+    return schema, max(1, first.nbytes // max(1, first.num_rows))
 
 
 def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
@@ -202,7 +234,7 @@ def _filtered(source: Source, where: str) -> Source:
     units = source.units
     if source.format == "parquet":
         layout = pa.dataset.ParquetFileFormat()
-        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        with ThreadPoolExecutor(_OPENING_THREADS) as pool:
             paths = dict.fromkeys(unit.paths[0] for unit in units)
             kept = pool.map(lambda path: _surviving(layout.make_fragment(path, source.place.filesystem), source.schema, condition), paths)
             alive = dict(zip(paths, kept, strict=True))
@@ -241,6 +273,24 @@ def _count(source: Source, unit: Unit, enough: int) -> int:
     return counted
 
 
+def _parsed_as(column: ColumnType, found: pa.DataType) -> pa.DataType:
+    """The Arrow type to parse a column of CSV or JSON Lines as, where `found` is what its first values look like.
+
+    That is the declared type wherever it can be: 007 stays the text 007, and 1 may be followed by 1.5.
+    """
+    unknown = pa.types.is_null(found)
+    if column.kind in ("str", "bytes", "image") or (unknown and column.kind == "any"):
+        return pa.string()
+    if column.kind == "datetime" and pa.types.is_timestamp(found):
+        return pa.timestamp("us", found.tz)  # the first values may have no fractions of a second, and later ones may
+    if pa.types.is_list(found) and (column.item or column.vector):
+        item = column.item or from_arrow(column.arrow.value_type)
+        return pa.list_(pa.field("item", _parsed_as(item, found.value_type)))
+    if column.kind in ("int", "float", "bool") and (unknown or accepts(column, found)):
+        return column.arrow
+    return found
+
+
 def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, where: str | None = None, limit: int | None = None) -> Source:
     """The part of a source that a run reads, after a check that it has the columns `wanted`, with types that fit.
 
@@ -252,11 +302,13 @@ def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, w
         if name not in names:
             raise SourceError(f"pipeline {pipeline!r} reads column {name!r}, which the input lacks; it has {listing(names)}" + nearest(name, names))
         found = source.schema.field(name).type
-        if source.format in ("csv", "jsonl") and column.kind in _PARSED_AS:
-            # Such a column is parsed as what it is declared to be, whatever its first values look like: 007 stays 007.
-            at = source.schema.get_field_index(name)
-            source = replace(source, schema=source.schema.set(at, pa.field(name, _PARSED_AS[column.kind])))
-        elif not accepts(column, found):
+        if source.format in ("csv", "jsonl"):
+            source = replace(source, schema=source.schema.set(names.index(name), pa.field(name, _parsed_as(column, found))))
+            found = source.schema.field(name).type
+            parsed = pa.types.is_string(found) and column.kind in ("str", "bytes", "image")  # bytes and images travel as base64
+        else:
+            parsed = False
+        if not (parsed or accepts(column, found)):
             raise SourceError(
                 f"pipeline {pipeline!r} reads column {name!r} as {column}, but in the input it is {found}; "
                 f"declare it as {from_arrow(found)}, or convert it in a first stage"

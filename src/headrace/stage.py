@@ -6,13 +6,13 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from headrace.batching import BatchRule, Rows, Tokens
-from headrace.columns import Column, ColumnType, type_of
+from headrace.columns import Column, ColumnType, types_of
 from headrace.errors import DefinitionError, SettingError, listing, nearest
 from headrace.hardware import Hardware, cpu
 
@@ -55,9 +55,7 @@ class Stage:
         """The same stage with other values for some settings (already of the right types)."""
         for name in values:
             if name not in self.settings:
-                raise SettingError(
-                    f"stage {self.name!r} has no setting {name!r}; it has {listing(self.settings)}" + nearest(name, self.settings)
-                )
+                raise SettingError(f"stage {self.name!r} has no setting {name!r}; it has {listing(self.settings)}" + nearest(name, self.settings))
         return dataclasses.replace(self, call=dataclasses.replace(self.call, **values))  # type: ignore[type-var]
 
     @staticmethod
@@ -105,19 +103,22 @@ def stage(
     """
 
     def decorate(target: T) -> T:
-        is_class = inspect.isclass(target)
+        is_class, is_function = inspect.isclass(target), inspect.isfunction(target)
+        if not (is_class or is_function):
+            raise DefinitionError(f"@hr.stage goes on a function or a class, got {target!r}; write def or class")
         label = name or (_snake(target.__name__) if is_class else target.__name__)
-        if not NAME.fullmatch(label):
+        if not isinstance(label, str) or not NAME.fullmatch(label):
             raise DefinitionError(f"stage name {label!r} must be an identifier such as 'clean_text'")
+        call: Any = _as_settings(target, label) if is_class else target
         spec = Stage(
             name=label,
-            call=_as_settings(target, label) if is_class else target,
-            reads=MappingProxyType(_reads(target.__call__ if is_class else target, label)),
+            call=call,
+            reads=MappingProxyType(_reads(call.__call__ if is_class else call, label)),
             writes=MappingProxyType(_writes(out, label)),
             on=_hardware(on, label),
             batch=_rule(batch, 32 if is_class else 1024, label),
             replicas=_range(replicas, label),
-            ray=MappingProxyType(dict(ray or {})),
+            ray=_arguments(ray, label),
         )
         if isinstance(spec.batch, Tokens):
             _check_measured(spec)
@@ -133,36 +134,38 @@ def _snake(name: str) -> str:
 
 def _as_settings(target: Any, label: str) -> Any:
     """The class as a dataclass, in place; its fields are the settings."""
-    if "__call__" not in vars(target) and not any("__call__" in vars(base) for base in target.__mro__[:-1]):
+    if not any("__call__" in vars(base) for base in target.__mro__):
         raise DefinitionError(f"stage {label!r} has no __call__; add def __call__(self, text: hr.Column[str])")
-    if "__init__" in vars(target) and not dataclasses.is_dataclass(target):
+    is_dataclass = "__dataclass_fields__" in vars(target)  # of its own: a subclass of a stage has settings to add
+    if "__init__" in vars(target) and not is_dataclass:
         raise DefinitionError(f"stage {label!r} has an __init__; write settings as fields (model: str = '...') and load in setup(self, device)")
     setup = getattr(target, "setup", None)
     if setup is not None and len(inspect.signature(setup).parameters) != 2:
         raise DefinitionError(f"stage {label!r}: setup must take (self, device), got {inspect.signature(setup)}")
-    if not dataclasses.is_dataclass(target):
-        dataclasses.dataclass(kw_only=True)(target)
-    return target
+    try:
+        return target if is_dataclass else dataclasses.dataclass(kw_only=True)(target)
+    except (TypeError, ValueError) as error:
+        raise DefinitionError(f"stage {label!r}: its settings cannot be fields of a dataclass: {error}") from error
 
 
 def _reads(function: Any, label: str) -> dict[str, ColumnType]:
     """Columns read, from the annotated parameters."""
     try:
         hints = typing.get_type_hints(function, include_extras=True)
-    except NameError as error:
-        raise DefinitionError(f"stage {label!r}: an annotation cannot be evaluated: {error}") from error
-    reads = {}
+    except Exception as error:  # annotations are the user's code, and may raise anything
+        raise DefinitionError(f"stage {label!r}: an annotation cannot be evaluated: {error}; write it as text: hr.Column[str]") from error
+    reads: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name == "self":
             continue
         hint = hints.get(parameter.name)
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise DefinitionError(f"stage {label!r}: parameter *{parameter.name} is not a column; name each column that is read")
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise DefinitionError(f"stage {label!r}: parameter {str(parameter)!r} cannot be given by name; name each column that is read")
         origin = typing.get_origin(hint)
         if origin is typing.Annotated:
-            reads[parameter.name] = type_of(hint)
+            reads[parameter.name] = hint
         elif hint is Column or origin is Column:
-            reads[parameter.name] = type_of(typing.get_args(hint)[0] if origin else Any)
+            reads[parameter.name] = typing.get_args(hint)[0] if origin else Any
         else:
             raise DefinitionError(
                 f"stage {label!r}: parameter {parameter.name!r} must be annotated as a column, such as "
@@ -170,16 +173,13 @@ def _reads(function: Any, label: str) -> dict[str, ColumnType]:
             )
     if not reads:
         raise DefinitionError(f"stage {label!r} reads no column; give it a parameter such as text: hr.Column[str]")
-    return reads
+    return types_of(reads, f"stage {label!r}")
 
 
 def _writes(out: Mapping[str, Any], label: str) -> dict[str, ColumnType]:
-    if not isinstance(out, Mapping) or not out:
+    writes = types_of(out, f"stage {label!r}: out")
+    if not writes:
         raise DefinitionError(f"stage {label!r}: out must name at least one column and its type, such as out={{'text': str}}, got {out!r}")
-    try:
-        writes = {name: type_of(annotation) for name, annotation in out.items()}
-    except DefinitionError as error:
-        raise DefinitionError(f"stage {label!r}: out: {error}") from None
     for name, column in writes.items():
         if not isinstance(name, str) or not name or name.startswith("__headrace"):
             raise DefinitionError(f"stage {label!r}: out: {name!r} is no column name; use a text that does not start with __headrace")
@@ -189,7 +189,7 @@ def _writes(out: Mapping[str, Any], label: str) -> dict[str, ColumnType]:
 
 
 def _hardware(on: Sequence[Hardware] | Hardware, label: str) -> tuple[Hardware, ...]:
-    entries = (on,) if isinstance(on, Hardware) else tuple(on) or (cpu(1),)
+    entries = tuple(on) or (cpu(1),) if isinstance(on, Iterable) else (on,)
     if wrong := [entry for entry in entries if not isinstance(entry, Hardware)]:
         raise DefinitionError(f"stage {label!r}: on must list hr.gpu(...) and hr.cpu(...), got {wrong[0]!r}")
     return entries
@@ -204,10 +204,19 @@ def _rule(batch: int | BatchRule | None, default: int, label: str) -> BatchRule:
 
 
 def _range(replicas: int | tuple[int, int | None] | None, label: str) -> tuple[int, int | None]:
-    least, most = (replicas, replicas) if isinstance(replicas, int) else (replicas or (1, None))
-    if least < 1 or (most is not None and most < least):
-        raise DefinitionError(f"stage {label!r}: replicas must be (least, most) with 1 <= least <= most, got {replicas!r}")
-    return least, most
+    match (1, None) if replicas is None else replicas:
+        case (int(least), int() | None as most) if least >= 1 and (most is None or most >= least):
+            return least, most
+        case int(fixed) if fixed >= 1:
+            return fixed, fixed
+        case _:
+            raise DefinitionError(f"stage {label!r}: replicas must be (least, most) with 1 <= least <= most, or one number, got {replicas!r}")
+
+
+def _arguments(ray: Mapping[str, Any] | None, label: str) -> Mapping[str, Any]:
+    if ray is not None and not isinstance(ray, Mapping):
+        raise DefinitionError(f"stage {label!r}: ray must map Ray's remote arguments to values, such as {{'max_retries': 3}}, got {ray!r}")
+    return MappingProxyType(dict(ray or {}))
 
 
 def _check_measured(spec: Stage) -> None:

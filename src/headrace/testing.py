@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def check(step: Any, rows: Sequence[Mapping[str, Any]], *, tolerance: float = 1e
         raise ContractError(f"check needs at least two rows to see whether they influence each other, got {len(rows)}")
     pipeline = step if isinstance(step, Pipeline) else Pipeline(Stage.of(step).name, step)
     expected = local(pipeline, rows)
-    trials = {
+    trials: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "run a second time": lambda: local(pipeline, rows),
         "run in reverse order": lambda: local(pipeline, rows[::-1])[::-1],
         "each row is run alone": lambda: [local(pipeline, [row])[0] for row in rows],
@@ -55,7 +55,7 @@ def same(one: Any, other: Any, *, tolerance: float) -> bool:
         return np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(same(a, b, tolerance=tolerance) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from headrace.columns import ColumnType, from_arrow
 from headrace.filesystems import Place
 from headrace.filters import Filter
 
@@ -51,6 +50,7 @@ class Source:
         counts = [unit.rows for unit in self.units]
         return None if None in counts else sum(count for count in counts if count is not None)
 
-    def columns(self, wanted: Mapping[str, ColumnType]) -> dict[str, ColumnType]:
-        """`wanted` with every `any` replaced by the type that the source has, where headrace has a name for it."""
-        return {name: from_arrow(self.schema.field(name).type) if column.kind == "any" else column for name, column in wanted.items()}
+
+def plain(arrow: pa.DataType) -> pa.DataType:
+    """The type of a column's values, be they encoded in a dictionary or not."""
+    return arrow.value_type if pa.types.is_dictionary(arrow) else arrow

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from headrace.batching import Indices, Tokens
 from headrace.columns import from_arrow, to_arrow, to_stage
-from headrace.errors import ContractError, HeadraceError, StageError, listing, nearest
+from headrace.errors import ContractError, HeadraceError, StageError, WiringError, listing, nearest
 from headrace.events import BlockDone, BudgetHalved, Event
 from headrace.stage import Stage
 
@@ -34,13 +34,7 @@ class Worker:
     """
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        *,
-        group: str = "",
-        device: str = "cpu",
-        overlap: bool = True,
-        emit: Callable[[Event], object] = lambda event: None,
+        self, stages: Sequence[Stage], *, group: str = "", device: str = "cpu", overlap: bool = True, emit: Callable[[Event], object] = lambda event: None
     ) -> None:
         self.stages = [set_up(stage, device) for stage in stages]
         self.group = group
@@ -84,9 +78,10 @@ class Worker:
             # The traceback, and with it the failed call's tensors, is gone by now: only then does freeing help.
             if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
                 sys.modules["torch"].cuda.empty_cache()
-            self.shrink[stage.name] *= 2
+            failed, left = len(slices[done]), np.sort(np.concatenate(slices[done:]))
+            while len(next(stage.batch.slices(lengths[left], shrink=self.shrink[stage.name]))) > failed // 2:
+                self.shrink[stage.name] *= 2  # more than once where the slice was smaller than the rule allows
             self.emit(BudgetHalved(stage.name, str(stage.batch), self.shrink[stage.name]))
-            left = np.sort(np.concatenate(slices[done:]))
 
     def _stream(self, stage: Stage, data: pa.Table, slices: Sequence[Indices]) -> Iterator[dict[str, pa.Array]]:
         """Results in order. With `overlap`, a thread cuts out the next slice and encodes the last while the stage computes."""
@@ -129,12 +124,17 @@ def measure(stage: Stage, data: pa.Table) -> Indices:
     if not isinstance(rule, Tokens):
         return np.ones(data.num_rows, np.int64)
     array = data[rule.of]
+    kind = from_arrow(array.type).kind
     if pa.types.is_fixed_size_list(array.type):
         lengths = np.full(data.num_rows, array.type.list_size)
-    elif from_arrow(array.type).kind in ("str", "bytes"):
+    elif pa.types.is_null(array.type):
+        lengths = np.ones(data.num_rows)
+    elif kind in ("str", "bytes"):
         lengths = np.ceil(pc.fill_null(pc.binary_length(array), 0).to_numpy() / rule.bytes_per_token)
-    else:
+    elif kind in ("list", "vector"):
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
+    else:
+        raise WiringError(f"stage {stage.name!r}: hr.tokens cannot measure {rule.of!r}, which is {array.type}; it measures text, vectors and lists")
     return np.clip(lengths, 1, rule.longest).astype(np.int64)
 
 

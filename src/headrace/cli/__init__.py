@@ -31,7 +31,7 @@ def main() -> None:
     try:
         app()
     except HeadraceError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         if isinstance(error, StageError) and error.frames:
             console.print(error.frames, style="dim", markup=False, end="")
         console.print("[bold red]error:[/] ", end="")

@@ -16,7 +16,7 @@ _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "problem":
 
 def doctor(address: Address = None) -> None:
     """Check Python, Ray, hardware, disk, memory and versions, and say what to do about each finding."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     problems = 0
     for finding in [*findings(ray_temp=os.environ.get("RAY_TMPDIR", "/tmp")), *_ray(address)]:
         console.print(f"{_MARKS[finding.state]}  ", end="")

@@ -18,7 +18,7 @@ In = Annotated[list[str] | None, typer.Option("--input", "-i", metavar="PATH", h
 
 def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", address: Address = None) -> None:
     """Draw the plan: groups, the hardware chosen on this cluster, batch rules, columns with types on every edge."""
-    pipeline = override(load(file)[0], set_ or [])
+    pipeline = override(load(file), set_ or [])
     kept = names(keep)
     source = open_source(Input(input)) if input else None
     if kept == "all":

@@ -13,8 +13,8 @@ from headrace.errors import HeadraceError, PipelineFileError, listing, nearest
 from headrace.pipeline import Pipeline
 
 
-def load(target: str) -> tuple[Pipeline, ModuleType]:
-    """The pipeline that a file defines, and the file's module; `FILE::name` picks one of several by variable or name.
+def load(target: str) -> Pipeline:
+    """The pipeline that a file defines; `FILE::name` picks one of several by variable or name.
 
     Raises:
         PipelineFileError: no such file, it does not run, or it does not hold exactly the pipeline asked for.
@@ -31,11 +31,11 @@ def load(target: str) -> tuple[Pipeline, ModuleType]:
         named = {pipeline.name: pipeline for pipeline in found.values()} | found
         if wanted not in named:
             raise PipelineFileError(f"{file} has no pipeline {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
-        return named[wanted], module
+        return named[wanted]
     if len({id(pipeline) for pipeline in found.values()}) != 1:
         fix = f"say which: {file}::{next(iter(found))}" if found else "define one, such as reviews = hr.Pipeline('reviews', clean)"
         raise PipelineFileError(f"{file} has {len(found) or 'no'} pipelines" + (f", {listing(found)}" if found else "") + f"; {fix}")
-    return next(iter(found.values())), module
+    return next(iter(found.values()))
 
 
 def _neighbours(path: Path) -> str:
@@ -60,7 +60,7 @@ def _import(path: Path) -> ModuleType:
         raise PipelineFileError(f"{where}: {error.msg}\n    {(error.text or '').strip()}") from error
     except HeadraceError as error:
         raise type(error)(f"{error}\n    at {_own_frame(error, path)}") from error
-    except Exception as error:  # the user's file may raise anything while it is run: this is its boundary
+    except (Exception, SystemExit) as error:  # the user's file may raise anything while it is run: this is its boundary
         raise PipelineFileError(f"{_own_frame(error, path)}: {type(error).__name__}: {error}") from error
     return module
 

@@ -45,7 +45,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run a pipeline over files, into files, as a streaming batch job on Ray."""
-    pipeline, module = load(file)
+    pipeline = load(file)
     pipeline = override(pipeline, set_ or [])
     folder = Path(file.partition("::")[0]).resolve().parent
     if submit:
@@ -57,9 +57,7 @@ def run(
 
     from headrace.on_ray.batch import run as run_batch  # loads ray: a mistake above is told half a second earlier
     from headrace.on_ray.cluster import connected
-    from headrace.on_ray.compat import ship
 
-    ship(module)
     connect = partial(connected, address, folder=folder, verbose=verbose)
     with Progress(quiet=quiet) as progress:
         report = run_batch(pipeline, input=source, output=target, keep=names(keep), connect=connect, watch=progress.update)

@@ -17,19 +17,21 @@ from headrace import sinks
 from headrace.batching import Tokens
 from headrace.columns import ANY
 from headrace.errors import HeadraceError, RunError
-from headrace.events import Event, FileWritten, RunFinished, RunStarted, to_json_lines
+from headrace.events import Event, FileWritten, RunFinished, RunStarted
 from headrace.hardware import Cluster
 from headrace.on_ray import compat
 from headrace.on_ray.cluster import connected
 from headrace.on_ray.operators import EventLog, Functions, Reader, Replica, Writer, pack
 from headrace.pipeline import Pipeline
 from headrace.plan import Group, Plan, resolve
-from headrace.report import Report, rows_read, summarise
+from headrace.record import Record
+from headrace.report import Report
 from headrace.sinks import Output
 from headrace.sources import Input, open_source, select
-from headrace.units import Source
+from headrace.units import Source, plain
 
 _BLOCK_BYTES = 32 << 20
+_BLOCKS_PER_REPLICA = 6
 _POLL_S = 0.5
 
 
@@ -66,19 +68,24 @@ def run(
     wanted = {**dict.fromkeys(kept, ANY), **pipeline.inputs}
     source = select(source, wanted, pipeline=pipeline.name, where=input.where, limit=input.limit)
     sink = sinks.open_sink(output)
+    if ray.is_initialized():
+        for stage in pipeline.stages:
+            compat.ship(stage.call)
     with connect() as cluster:
         plan = resolve(pipeline, cluster, keep=kept)
-        sinks.prepare(sink, pipeline=pipeline.name)
-        events: list[Event] = [RunStarted(pipeline.name, input.uris, output.path)]
-        files = _execute(plan, source, sink, events, watch)
-        rows_in, rows_out = rows_read(events), sum(file.rows for file in files)
-        if rows_in != rows_out or (source.rows is not None and source.rows != rows_in):
-            promised = "" if source.rows is None else f" of {source.rows:,} in the files"
-            raise RunError(f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success")
-        sinks.finish(sink, files, _schema(plan, source))
-        events.append(RunFinished(rows_in, rows_out, time.perf_counter() - started))
-        sinks.put(sink.place.child(f"{sinks.RECORD}/events.jsonl"), to_json_lines(events).encode())
-    return summarise(events, pipeline=pipeline.name, output=output.path, groups=[group.name for group in plan.groups])
+        sinks.prepare(sink, _schema(plan, source), pipeline=pipeline.name)
+        with Record(sink, lambda new: watch(new, source.rows)) as record:
+            record.add([RunStarted(pipeline.name, input.uris, output.path)])
+            files = _execute(plan, source, sink, record)
+            rows_in, rows_out = record.tally.rows_read, sum(file.rows for file in files)
+            if rows_in != rows_out or source.rows not in (None, rows_in):
+                promised = "" if source.rows is None else f" of {source.rows:,} in the files"
+                raise RunError(
+                    f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success"
+                )
+            sinks.finish(sink, files, _schema(plan, source))
+            record.add([*files, RunFinished(rows_in, rows_out, time.perf_counter() - started)])
+    return record.tally.report(pipeline=pipeline.name, output=output.path, groups=[group.name for group in plan.groups])
 
 
 def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
@@ -90,7 +97,7 @@ def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
     rows = block_rows(plan, source)
     dataset = ray.data.from_arrow(pack(source.units, rows))
     # The readers get their units task by task, so the source itself travels without them.
-    reader = Reader(dataclasses.replace(source, units=()), source.columns(plan.source), rows, log)
+    reader = Reader(dataclasses.replace(source, units=()), plan.source, rows, log)
     # Ray fuses these two into one operator. Its block rule is a number of bytes, which would leave one block of 8,192
     # reviews, and one actor busy; a number of rows gives every replica its share.
     dataset = dataset.map_batches(reader, batch_size=None, batch_format="pyarrow").repartition(target_num_rows_per_block=rows)
@@ -101,7 +108,7 @@ def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
 
 def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, log: Any) -> compat.Dataset:
     hardware, kind = group.choice.hardware, group.choice.kind
-    options: dict[str, Any] = {"num_cpus": hardware.cpus, **compat.fence()}
+    options: dict[str, Any] = {"num_cpus": hardware.cpus}
     if hardware.gpus:
         options["num_gpus"] = hardware.gpus
     if kind:
@@ -110,7 +117,7 @@ def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, 
         options["memory"] = hardware.memory_gb * 1e9
     options |= dict(group.stages[0].ray)
     if group.replicas is None:
-        return dataset.map_batches(Functions(group, log), batch_size=None, batch_format="pyarrow", **options)
+        return dataset.map_batches(Functions(group, log), batch_size=None, batch_format="pyarrow", **{**compat.fence(), **options})
     least, most = group.replicas
     useful = most if source.rows is None else min(most, max(1, math.ceil(source.rows / rows)))
     pool = compat.ActorPoolStrategy(min_size=least, max_size=most, initial_size=max(least, useful), max_tasks_in_flight_per_actor=2)
@@ -122,8 +129,7 @@ def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, 
 def block_rows(plan: Plan, source: Source) -> int:
     """Rows per block: large enough to sort by length within, small enough to share out and to hold in memory.
 
-    Eight slices of the hungriest model make the padding of the last slices matter little; twelve blocks per replica leave
-    at most a few percent of the run to the one that finishes last.
+    Blocks of many slices pad little, many blocks per replica leave little of the run to the replica that finishes last.
     """
     models = [group for group in plan.groups if group.replicas]
     replicas = sum(group.replicas[1] for group in models if group.replicas) or int(plan.cluster.cpus) or 1
@@ -131,7 +137,7 @@ def block_rows(plan: Plan, source: Source) -> int:
     if models:
         ideal = min(4096, max(512, 8 * max(_slice_rows(stage.batch, source) for group in models for stage in group.stages)))
     if source.rows is not None:
-        ideal = min(ideal, math.ceil(source.rows / (12 * replicas)))
+        ideal = min(ideal, math.ceil(source.rows / (_BLOCKS_PER_REPLICA * replicas)))
     return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes)))
 
 
@@ -141,19 +147,15 @@ def _slice_rows(rule: Any, source: Source) -> int:
     return int(rule.count)
 
 
-def _execute(
-    plan: Plan, source: Source, sink: sinks.Sink, events: list[Event], watch: Callable[[Sequence[Event], int | None], None]
-) -> list[FileWritten]:
-    """Run the dataset into the sink, collecting events meanwhile; returns the files that belong to the output."""
+def _execute(plan: Plan, source: Source, sink: sinks.Sink, record: Record) -> list[FileWritten]:
+    """Run the dataset into the sink, recording events meanwhile; returns the files that belong to the output."""
     log: Any = EventLog.remote()  # type: ignore[attr-defined]
-    writer = Writer(sink, log)
+    writer = Writer(sink)
     done = threading.Event()
 
     def follow() -> None:
         while not done.wait(_POLL_S):
-            new = ray.get(log.drain.remote())
-            events.extend(new)
-            watch(new, source.rows)
+            record.add(ray.get(log.drain.remote()))
 
     follower = threading.Thread(target=follow, name="headrace-events", daemon=True)
     follower.start()
@@ -165,9 +167,7 @@ def _execute(
     finally:
         done.set()
         follower.join()
-    last = ray.get(log.drain.remote())
-    events.extend(last)
-    watch(last, source.rows)
+    record.add(ray.get(log.drain.remote()))
     return writer.files
 
 
@@ -184,7 +184,6 @@ def _translated(error: BaseException) -> HeadraceError:
 
 def _schema(plan: Plan, source: Source) -> pa.Schema:
     """The Arrow schema of the output."""
-    columns = source.columns(plan.columns)
     return pa.schema(
-        [pa.field(name, source.schema.field(name).type if column.kind == "any" else column.arrow) for name, column in columns.items()]
+        [pa.field(name, plain(source.schema.field(name).type) if column.kind == "any" else column.arrow) for name, column in plan.columns.items()]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from headrace.errors import RunError
 from headrace.hardware import Cluster, Node
 from headrace.on_ray import compat
 
-_SPARE_CPUS = 1  # for reading, preparing and writing beside replicas that take all the rest
+_SPARE_CPUS = 1  # of a cluster that is joined: for reading, preparing and writing beside replicas that take all the rest
 
 
 @contextlib.contextmanager
 def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False) -> Iterator[Cluster]:
     """A connection for the length of the block: `address`, `RAY_ADDRESS`, the Ray that this process has joined, or a new one.
 
-    A Ray that is started here has one logical CPU more than the machine has cores, because reading and writing wait more
-    than they compute; on a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
+    A Ray that is started here promises each core twice, once to replicas and once to reading, preparing and writing: on one
+    machine the operating system shares the cores out better than reservations do, and neither side waits while the other
+    is idle. On a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
     headrace itself and the files of `folder`, where the pipeline file lies.
 
     Raises:
@@ -38,22 +40,64 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     if where:
         options |= {"address": where, "runtime_env": code(folder) if folder else None}
     else:
-        options |= {"num_cpus": compat.cores() + _SPARE_CPUS, "include_dashboard": False}
+        options |= {"num_cpus": 2 * compat.cores(), "include_dashboard": False}
+    # Workers inherit the environment: what this process can import, they can. Ray's C++ core writes to the terminal itself.
+    variables = {} if where else {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    if not verbose:
+        variables["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     try:
-        ray.init(**options)
+        with _environment(variables), contextlib.nullcontext() if verbose else _no_stderr():
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if not where:
             raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
         raise RunError(f"cannot join Ray at {where!r}: {error}. It must be host:6379 or ray://host:10001; without it, Ray starts here") from error
-    loggers = {} if verbose else {name: logging.getLogger(name).level for name in ("ray.data", "ray")}
     try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield describe(spare_cpus=_SPARE_CPUS)
+        with contextlib.nullcontext() if verbose else _quiet("ray", "ray.data"):
+            yield describe(spare_cpus=_SPARE_CPUS if where else compat.cores())
     finally:
-        for name, level in loggers.items():
-            logging.getLogger(name).setLevel(level)
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the length of the block; those that the user has set stay as they are, but for PYTHONPATH."""
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in variables.items() if name == "PYTHONPATH" or name not in before})
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update({name: before[name] for name in variables if name in before})
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Drop what C++ code writes to the terminal during the block: Ray's core announces there that its log level was set."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Only errors from these loggers for the length of the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def code(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+import inspect
+import sys
+import sysconfig
 from typing import Any
 
 from ray import cloudpickle
@@ -26,19 +27,26 @@ def gpus() -> tuple[int, str | None]:
     return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(), NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
 
 
-def ship(module: ModuleType) -> None:
-    """Send what `module` defines to workers by value, because they cannot import a file that was loaded by its path."""
-    cloudpickle.register_pickle_by_value(module)
+def ship(call: Any) -> None:
+    """Send the modules that define a stage to the workers by value, unless they are installed packages.
+
+    For a Ray that somebody else has started: its workers may not be able to import what this process can.
+    """
+    kinds = [call] if inspect.isfunction(call) else type(call).__mro__
+    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    for module in (sys.modules.get(kind.__module__) for kind in kinds):
+        file = getattr(module, "__file__", None)
+        if file and module.__name__ != "__main__" and not file.startswith(installed):
+            cloudpickle.register_pickle_by_value(module)
 
 
 def fence() -> dict[str, Any]:
     """Arguments of `map_batches` that keep Ray from fusing an operator with its neighbours.
 
-    Ray fuses a task operator into the actors after it when their resources agree, which would make the expensive actors do
-    the cheap work as well. It never fuses an operator that has a function for its remote arguments.
+    Ray fuses a task operator into the actors after it when their remote arguments agree, which would make the expensive
+    actors do the cheap work as well. An empty runtime environment changes nothing, but is an argument that they lack.
     """
-    no_more: Callable[[], dict[str, Any]] = dict
-    return {"ray_remote_args_fn": no_more}
+    return {"runtime_env": {}}
 
 
 def context(base: DataContext) -> DataContext:

@@ -126,8 +126,9 @@ def limit_threads(count: int) -> None:
 class Writer(Datasink[FileWritten]):
     """Ray's own sink interface over `headrace.sinks`: one file per write, and enough bytes per write for a good file."""
 
-    def __init__(self, sink: sinks.Sink, log: Any) -> None:
-        self.sink, self.log = sink, log
+    def __init__(self, sink: sinks.Sink) -> None:
+        self.sink = sink
+        self.files: list[FileWritten] = []
 
     @property
     def min_bytes_per_write(self) -> int:
@@ -141,11 +142,7 @@ class Writer(Datasink[FileWritten]):
     def write(self, blocks: Iterable[Block], ctx: TaskContext) -> FileWritten | None:
         """Write the blocks as one file; None when they hold no rows."""
         tables: Sequence[pa.Table] = [table for block in blocks if (table := BlockAccessor.for_block(block).to_arrow()).num_rows]
-        if not tables:
-            return None
-        written = sinks.write(self.sink, tables)
-        self.log.add.remote(written)
-        return written
+        return sinks.write(self.sink, tables) if tables else None
 
     def on_write_complete(self, write_result: Any) -> None:
         """Keep what the successful writes returned: the files that belong to the run."""

@@ -1,0 +1,45 @@
+"""Events: one stream that can be written and read again."""
+
+import pytest
+
+from headrace import events
+from headrace.events import BlockDone, BudgetHalved, Event, FileWritten, ReplicaReady, RunFinished, RunStarted, UnitRead
+
+ALL = [
+    RunStarted("reviews", ("a.parquet", "b.parquet"), "out", at_s=1.0),
+    UnitRead(3, 100, at_s=2.0),
+    ReplicaReady("embed", "node-1", "cuda", 2.5, at_s=3.0),
+    BlockDone("embed", 100, 0.25, 900, 1000, at_s=4.0),
+    BudgetHalved("embed", "32 rows", 2, at_s=5.0),
+    FileWritten("out/0.parquet", 100, 4096, at_s=6.0),
+    RunFinished(100, 100, 9.5, at_s=7.0),
+]
+
+
+def test_every_kind_of_event_is_covered_here():
+    """A new kind of event must be added to the list above."""
+    assert {type(event).__name__ for event in ALL} == {kind.__name__ for kind in Event.__subclasses__()}
+
+
+@pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
+def test_round_trip(event):
+    """An event read from its own line is the same event."""
+    assert events.from_json_lines(events.to_json_lines([event])) == [event]
+
+
+def test_order_is_kept():
+    """A stream is read in the order in which it was written, a line each."""
+    text = events.to_json_lines(ALL)
+    assert len(text.splitlines()) == len(ALL)
+    assert events.from_json_lines(text) == ALL
+
+
+def test_an_unknown_kind_is_refused():
+    """A line of a kind that this version does not know is an error, not a guess."""
+    with pytest.raises(KeyError, match="Exploded"):
+        events.from_json_lines('{"event": "Exploded", "at_s": 1.0}\n')
+
+
+def test_the_clock_is_read_when_it_happens():
+    """Without a time given, an event takes the time of its making."""
+    assert UnitRead(0, 1).at_s > 1.6e9

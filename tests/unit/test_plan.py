@@ -1,0 +1,144 @@
+"""Plans: fusion, hardware, replicas, and which columns cross which edge."""
+
+import pytest
+
+import headrace as hr
+from headrace.errors import HardwareError, WiringError
+from headrace.hardware import Cluster, Node
+from headrace.plan import explain, resolve
+
+NODES = (Node("plain", cpus=8), Node("fast", cpus=8, gpus=4, kinds=("L4",)))
+BOTH, PLAIN = Cluster(NODES), Cluster(NODES[:1])
+
+
+def function(name, reads, writes, **options):
+    """A function stage over text columns."""
+    call = eval(f"lambda {reads}: None")
+    call.__annotations__ = {reads: hr.Column[str]}
+    return hr.stage(out={writes: str}, name=name, **options)(call)
+
+
+def model(name, reads, writes, **options):
+    """A class stage over text columns, made."""
+
+    call = eval(f"lambda self, {reads}: None")
+    call.__annotations__ = {reads: hr.Column[str]}
+    return hr.stage(out={writes: str}, name=name, **options)(type("Model", (), {"__call__": call}))()
+
+
+A, B, C = (function(name, reads, writes) for name, reads, writes in (("a", "t", "u"), ("b", "u", "v"), ("c", "v", "w")))
+GPU = model("m", "u", "v", on=[hr.gpu(1, "L4"), hr.cpu(2)], replicas=(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("steps", "cluster", "groups"),
+    [
+        ([A, B, C], BOTH, ["a+b+c"]),
+        ([A, GPU, C], BOTH, ["a", "m", "c"]),
+        ([A, function("b", "u", "v", on=hr.cpu(2)), C], BOTH, ["a", "b", "c"]),
+        ([A, function("b", "u", "v", ray={"num_returns": 1}), C], BOTH, ["a", "b", "c"]),
+        ([A, function("b", "u", "v", on=[hr.gpu(1), hr.cpu(1)]), C], PLAIN, ["a+b+c"]),
+        ([A, function("b", "u", "v", on=[hr.gpu(1), hr.cpu(1)]), C], BOTH, ["a", "b", "c"]),
+        ([model("m", "t", "u"), model("n", "u", "v")], BOTH, ["m", "n"]),
+    ],
+)
+def test_fusion(steps, cluster, groups):
+    """Neighbouring functions on the same hardware with the same Ray arguments share a group; a model stands alone."""
+    assert [group.name for group in resolve(hr.Pipeline("p", *steps), cluster).groups] == groups
+
+
+@pytest.mark.parametrize(("replicas", "cluster", "span"), [((1, 8), BOTH, (1, 4)), (None, BOTH, (1, 4)), (2, BOTH, (2, 2)), ((3, None), PLAIN, (3, 4))])
+def test_replicas_are_held_to_what_fits(replicas, cluster, span):
+    """The bounds are the stage's own, never beyond what the cluster holds of the hardware chosen."""
+    stage = model("m", "t", "u", on=[hr.gpu(1, "L4"), hr.cpu(2)], replicas=replicas)
+    assert resolve(hr.Pipeline("p", stage), cluster).groups[0].replicas == span
+
+
+def test_models_share_the_cluster():
+    """Models of one plan are given replicas that fit beside each other, in turn."""
+    plan = resolve(hr.Pipeline("p", model("m", "t", "u"), model("n", "u", "v", replicas=(2, None))), PLAIN)
+    assert [group.replicas for group in plan.groups] == [(1, 4), (2, 4)]
+
+
+def test_functions_have_no_replicas():
+    """A group of functions runs as tasks."""
+    assert resolve(hr.Pipeline("p", A, B), BOTH).groups[0].replicas is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "keep", "carries"),
+    [
+        (None, [], [["u"], ["u", "v"], ["u", "v", "w"]]),
+        (["w"], [], [["u"], ["v"], ["w"]]),
+        (["w"], ["id", "t"], [["id", "t", "u"], ["id", "t", "v"], ["id", "t", "w"]]),
+        (["u", "w"], ["u"], [["u"], ["u", "v"], ["u", "w"]]),
+    ],
+)
+def test_only_what_is_needed_later_crosses_an_edge(outputs, keep, carries):
+    """A group passes on outputs, kept columns, and what a later group reads; nothing else."""
+    plan = resolve(hr.Pipeline("p", A, GPU, C, outputs=outputs), BOTH, keep=keep)
+    assert [sorted(group.carries) for group in plan.groups] == carries
+
+
+@pytest.mark.parametrize(
+    ("keep", "source", "columns"),
+    [
+        ([], {"t": "str"}, {"w": "str"}),
+        (["id"], {"t": "str", "id": "any"}, {"id": "any", "w": "str"}),
+        (["t", "id"], {"t": "str", "id": "any"}, {"t": "str", "id": "any", "w": "str"}),
+        (["w"], {"t": "str"}, {"w": "str"}),
+    ],
+)
+def test_source_and_result_columns(keep, source, columns):
+    """The source is asked for what is read or kept; the result has the kept columns first."""
+    plan = resolve(hr.Pipeline("p", A, B, C, outputs=["w"]), BOTH, keep=keep)
+    assert ({n: str(c) for n, c in plan.source.items()}, list(plan.columns)) == (source, list(columns))
+    assert {n: str(c) for n, c in plan.columns.items()} == columns
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "error", "parts"),
+    [
+        ([model("m", "t", "u", on=hr.gpu(1, "H100"))], [], HardwareError, ["'m'", "gpu(1, H100)", "plain: 8 CPUs; fast: 8 CPUs, 4 x L4", "hr.cpu(1)"]),
+        ([model("m", "t", "u", replicas=40)], [], HardwareError, ["replica 17", "'m'", "40 of 'm'", "replicas=(least, most)"]),
+        ([A, B], ["u"], WiringError, ["keep 'u'", "'a' writes", "another name"]),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(steps, keep, error, parts):
+    """No hardware, or a column that cannot be kept: refused before anything is rented."""
+    with pytest.raises(error) as caught:
+        resolve(hr.Pipeline("p", *steps, outputs=["v"] if keep else None), BOTH, keep=keep)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_explain():
+    """The text shows columns on every edge, and each group's hardware, replicas, batch rules and settings."""
+    text = explain(resolve(hr.Pipeline("p", A, GPU, C, outputs=["w"]), BOTH, keep=["id"]))
+    assert text == (
+        "pipeline p\n"
+        "cluster  plain: 8 CPUs; fast: 8 CPUs, 4 x L4\n"
+        "\n"
+        "source\n"
+        "   │  t: str, id: any\n"
+        "   ▼\n"
+        "group 1: a    cpu(1), tasks, as many as there is room for\n"
+        "   a(t: str) -> u: str    batch 1024 rows\n"
+        "   │  id: any, u: str\n"
+        "   ▼\n"
+        "group 2: m    gpu(1, L4), 1 to 4 replicas kept in memory\n"
+        "   m(u: str) -> v: str    batch 32 rows\n"
+        "   │  id: any, v: str\n"
+        "   ▼\n"
+        "group 3: c    cpu(1), tasks, as many as there is room for\n"
+        "   c(v: str) -> w: str    batch 1024 rows\n"
+        "   │  id: any, w: str\n"
+        "   ▼\n"
+        "sink"
+    )
+    assert "cluster" not in explain(resolve(hr.Pipeline("p", A), BOTH), cluster=False)
+
+
+@pytest.mark.parametrize(("replicas", "text"), [(1, "1 replica kept"), (3, "3 replicas kept"), ((1, 3), "1 to 3 replicas kept")])
+def test_replicas_in_words(replicas, text):
+    """One replica is singular, a range is a range."""
+    assert text in explain(resolve(hr.Pipeline("p", model("m", "t", "u", replicas=replicas)), BOTH))
