@@ -6,9 +6,9 @@ python examples/demo.py --documents 4000 --output demo-output
 import argparse
 import ast
 import itertools
+import os
 import re
 import shutil
-import sys
 import sysconfig
 import zlib
 from collections import defaultdict
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from reviews import reviews  # the file beside this one
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 import headrace as hr
 
@@ -38,48 +38,46 @@ def docstrings(file: Path, module: str):
                 yield (f"{module}.{name}" if name else module), text
 
 
-def documents(count: int) -> pa.Table:
-    """`count` docstrings of the standard library and all packages, one from each in turn; the same ones on every call."""
+def collect(count: int) -> pa.Table:
+    """`count` docstrings of the standard library and all packages, one of each in turn; the same ones on every call."""
     packages = defaultdict(list)
-    for root in dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib")):
-        for file in Path(root).rglob("*.py"):
-            parts = file.relative_to(root).with_suffix("").parts
-            module = ".".join(parts).removesuffix(".__init__")
+    for root in map(Path, dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib"))):
+        for file in root.rglob("*.py"):
+            module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
             if not re.search(r"\b(_|test|site-packages|idlelib|lib2to3)", module):
-                packages[parts[0]].append((zlib.crc32(module.encode()), file, module))  # in an order that is mixed, and always the same
-    streams = [itertools.chain.from_iterable(docstrings(file, module) for _, file, module in sorted(found)) for _, found in sorted(packages.items())]
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*streams))  # lazily: only as many files are parsed as it takes
+                packages[module.partition(".")[0]].append((zlib.crc32(module.encode()), file, module))  # mixed, and always alike
+    streams = [(one for _, file, module in sorted(files) for one in itertools.islice(docstrings(file, module), 3)) for _, files in sorted(packages.items())]
     chosen: dict[str, str] = {}
-    for name, text in filter(None, turns):
+    for name, text in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams))):  # parses only as many files as it takes
         chosen.setdefault(text, name)
         if len(chosen) == count:
             break
     return pa.table({"name": list(chosen.values()), "text": list(chosen)})
 
 
-def main(count: int, output: Path) -> None:
+def main(documents: int, output: Path) -> None:
     source, vectors, console = output / "documents.parquet", output / "vectors", Console(highlight=False)
     if output.exists() and (others := {path.name for path in output.iterdir()} - {source.name, vectors.name}):
-        sys.exit(f"{output} holds {', '.join(sorted(others))}, which is not from this demo; choose another --output")
-    shutil.rmtree(vectors, ignore_errors=True)
+        raise SystemExit(f"{output} holds {', '.join(sorted(others))}, which is not from this demo; choose another --output")
+    shutil.rmtree(vectors, ignore_errors=True)  # of the last time
     output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(documents(count), source, row_group_size=1000)
+    pq.write_table(collect(documents), source, row_group_size=1000)
     console.print(f"[bold]{pq.read_metadata(source).num_rows:,} docstrings[/] of the packages installed here, in {source}")
-    console.print(hr.run(reviews, input=str(source), output=str(vectors), keep="name"))
+    print(hr.run(reviews, input=str(source), output=str(vectors), keep="name"))
 
     found = pq.read_table(vectors)
     matrix = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), -1)  # of length 1 each: a product is the cosine
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for query, row in zip(QUERIES, reviews.local([{"text": query} for query in QUERIES]), strict=True):
+        console.print(f"\n[bold cyan]{query}[/]")
         scores = matrix @ row["vector"]
-        table = Table(title=f"\n{query}", title_justify="left", title_style="bold cyan", box=None, show_header=False)
         for at in (-scores).argsort()[:3].tolist():
-            table.add_row(f"{scores[at]:.2f}", f"[green]{found['name'][at]}[/]", found["text"][at].as_py()[:70], style=None)
-        console.print(table)
+            text = " ".join(found["text"][at].as_py().split())
+            console.print(f"  {scores[at]:.2f}  [green]{found['name'][at]}[/]  {escape(text)}", no_wrap=True, overflow="ellipsis")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--documents", type=int, default=4000)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    options = parser.parse_args()
-    main(options.documents, options.output)
+    main(**vars(parser.parse_args()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headrace.columns import table, to_rows
+from headrace.arrays import table, to_rows
 from headrace.errors import WiringError
 from headrace.pipeline import Pipeline
 from headrace.worker import Worker

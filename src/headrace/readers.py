@@ -12,7 +12,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from headrace.columns import ANY, ColumnType, conform
+from headrace.arrays import conform
+from headrace.columns import ANY, ColumnType
 from headrace.errors import SourceError
 from headrace.units import Source, Unit, plain
 

@@ -63,11 +63,11 @@ def open_sink(output: Output) -> Sink:
     return Sink(locate(output.path, error=OutputError), output.format)
 
 
-def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
-    """Make the folder for rows of `schema`, and note whose it is.
+def vacant(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
+    """Check, without touching anything, that the folder can take the rows of a new run.
 
     Raises:
-        OutputError: the folder is not empty, or cannot be written; says what is in it. Or the format cannot hold a column.
+        OutputError: the folder is not empty; says what is in it. Or it cannot be listed, or the format cannot hold a column.
     """
     place = sink.place
     if sink.format == "delta":
@@ -79,8 +79,17 @@ def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
             state = "finished" if SUCCESS in held else "unfinished"
             whose = "this pipeline" if owner == pipeline else f"another pipeline, {owner!r}"
             raise OutputError(f"output {place.uri!r} holds the {state} run of {whose}; choose an empty folder, or remove this one first")
-        if held:
-            raise OutputError(f"output {place.uri!r} is not empty: it holds {listing(sorted(held))}; choose an empty folder")
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"cannot list {place.uri!r}: {error}") from error
+    if held:
+        raise OutputError(f"output {place.uri!r} is not empty: it holds {listing(sorted(held))}; choose an empty folder")
+
+
+def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
+    """Make the folder, and note whose it is; the same checks and errors as `vacant`."""
+    vacant(sink, schema, pipeline=pipeline)
+    place = sink.place
+    try:
         place.filesystem.create_dir(place.path, recursive=True)
         put(place.child(f"{RECORD}/run.json"), json.dumps({"pipeline": pipeline, "format": sink.format}).encode())
     except (OSError, pa.ArrowException) as error:

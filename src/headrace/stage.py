@@ -109,6 +109,8 @@ def stage(
         label = name or (_snake(target.__name__) if is_class else target.__name__)
         if not isinstance(label, str) or not NAME.fullmatch(label):
             raise DefinitionError(f"stage name {label!r} must be an identifier such as 'clean_text'")
+        if replicas is not None and is_function:
+            raise DefinitionError(f"stage {label!r}: replicas={replicas!r} is for classes; a function runs as tasks, as many as there is room for")
         call: Any = _as_settings(target, label) if is_class else target
         spec = Stage(
             name=label,

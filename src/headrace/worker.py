@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.arrays import to_arrow, to_stage
 from headrace.batching import Indices, Tokens
-from headrace.columns import from_arrow, to_arrow, to_stage
+from headrace.columns import from_arrow
 from headrace.errors import ContractError, HeadraceError, StageError, WiringError, listing, nearest
 from headrace.events import BlockDone, BudgetHalved, Event
 from headrace.stage import Stage

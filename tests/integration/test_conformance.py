@@ -12,7 +12,8 @@ import pytest
 from conformance import CASES, Case
 
 import headrace as hr
-from headrace.columns import ANY, table, to_rows
+from headrace.arrays import table, to_rows
+from headrace.columns import ANY
 from headrace.testing import same
 
 Rows = Sequence[Mapping[str, Any]]

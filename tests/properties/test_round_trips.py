@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headrace as hr
-from headrace.columns import conform, from_arrow, table, to_arrow, to_rows, to_stage, type_of
+from headrace.arrays import conform, table, to_arrow, to_rows, to_stage
+from headrace.columns import from_arrow, type_of
 from headrace.testing import same
 
 ZONES = [None, dt.UTC, dt.timezone(dt.timedelta(hours=-11, minutes=-30)), ZoneInfo("Asia/Tokyo"), ZoneInfo("Europe/Berlin")]

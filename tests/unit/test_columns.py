@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 import headrace as hr
-from headrace.columns import ANY, ColumnType, accepts, conform, from_arrow, table, to_arrow, to_rows, to_stage, type_of, types_of
+from headrace.arrays import conform, table, to_arrow, to_rows, to_stage
+from headrace.columns import ANY, ColumnType, accepts, from_arrow, type_of, types_of
 from headrace.errors import DefinitionError
 
 UTC_US = pa.timestamp("us", tz="UTC")

@@ -46,8 +46,8 @@ def test_what_a_report_says() -> None:
 def test_as_text() -> None:
     """What the command prints at the end."""
     assert str(summarise(EVENTS, "clean", "embed")).splitlines() == [
-        "100 rows in 20.0 s: 5 rows/s, 20 in steady state",
-        "1 files, 5.0 MB in out",
+        "100 rows in 20.0 s: 5.0 rows/s, 20 in steady state",
+        "1 file, 5.0 MB in out",
         "   clean: 0.1 s busy in tasks",
         "   embed: 6.0 s busy on 2 replicas, ready after 2.5 s, 25% padding",
         "   embed: out of memory, batches of 1,024 tokens of text divided by 2",

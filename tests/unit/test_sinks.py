@@ -212,7 +212,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     (tmp_path / "full/notes.txt").touch()
     with pytest.raises(OutputError, match="is not empty: it holds 'notes.txt'; choose an empty folder"):
         sink_at(tmp_path / "full")
-    with pytest.raises(OutputError, match="cannot write to '.*notes.txt'"):
+    with pytest.raises(OutputError, match="cannot list '.*notes.txt'"):
         sink_at(tmp_path / "full/notes.txt")
     with pytest.raises(OutputError, match="no output format 'parqet'; there are 'parquet', 'jsonl', 'delta'; did you mean 'parquet'"):
         Output("x", format="parqet")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 
 from headrace import sinks
 from headrace.batching import Tokens
-from headrace.columns import ANY
+from headrace.columns import ANY, ColumnType
 from headrace.errors import HeadraceError, RunError
 from headrace.events import Event, FileWritten, RunFinished, RunStarted
 from headrace.hardware import Cluster
@@ -67,13 +67,14 @@ def run(
     kept = tuple(source.schema.names) if keep == "all" else ((keep,) if isinstance(keep, str) else tuple(keep))
     wanted = {**dict.fromkeys(kept, ANY), **pipeline.inputs}
     source = select(source, wanted, pipeline=pipeline.name, where=input.where, limit=input.limit)
-    sink = sinks.open_sink(output)
+    sink, schema = sinks.open_sink(output), _schema({**pipeline.kept(kept), **pipeline.outputs}, source)
+    sinks.vacant(sink, schema, pipeline=pipeline.name)
     if ray.is_initialized():
         for stage in pipeline.stages:
             compat.ship(stage.call)
     with connect() as cluster:
         plan = resolve(pipeline, cluster, keep=kept)
-        sinks.prepare(sink, _schema(plan, source), pipeline=pipeline.name)
+        sinks.prepare(sink, schema, pipeline=pipeline.name)
         with Record(sink, lambda new: watch(new, source.rows)) as record:
             record.add([RunStarted(pipeline.name, input.uris, output.path)])
             files = _execute(plan, source, sink, record)
@@ -83,17 +84,19 @@ def run(
                 raise RunError(
                     f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success"
                 )
-            sinks.finish(sink, files, _schema(plan, source))
+            sinks.finish(sink, files, schema)
             record.add([*files, RunFinished(rows_in, rows_out, time.perf_counter() - started)])
     return record.tally.report(pipeline=pipeline.name, output=output.path, groups=[group.name for group in plan.groups])
 
 
-def lower(plan: Plan, source: Source, *, log: Any) -> compat.Dataset:
+def lower(plan: Plan, source: Source, *, log: Any = None) -> compat.Dataset:
     """The plan over the source as a native dataset: a reading operator, then one operator per group.
 
     Functions become tasks, models become actor pools between the plan's bounds, each with resources of its own, so that
-    what prepares the input of a model runs beside it. `log` is an `EventLog` actor.
+    what prepares the input of a model runs beside it. Go on with Ray's own API from here, if you like. `log` is an
+    `EventLog` actor; one of its own when left out.
     """
+    log = log or EventLog.remote()  # type: ignore[attr-defined]
     rows = block_rows(plan, source)
     dataset = ray.data.from_arrow(pack(source.units, rows))
     # The readers get their units task by task, so the source itself travels without them.
@@ -182,8 +185,7 @@ def _translated(error: BaseException) -> HeadraceError:
     return RunError(f"Ray stopped the run: {type(error).__name__}: {first[-1] if first else 'no message'}")
 
 
-def _schema(plan: Plan, source: Source) -> pa.Schema:
-    """The Arrow schema of the output."""
-    return pa.schema(
-        [pa.field(name, plain(source.schema.field(name).type) if column.kind == "any" else column.arrow) for name, column in plan.columns.items()]
-    )
+def _schema(columns: Mapping[str, ColumnType], source: Source) -> pa.Schema:
+    """The Arrow schema of the output; a kept column has the source's own type."""
+    kinds = {name: plain(source.schema.field(name).type) if column.kind == "any" else column.arrow for name, column in columns.items()}
+    return pa.schema(list(kinds.items()))

@@ -1,0 +1,121 @@
+"""S3 by its real protocol: a server on loopback, and the usual AWS environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+import headrace as hr
+from headrace.errors import OutputError, SourceError
+from headrace.sources import Input, open_source
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """An S3 server with the buckets `in` and `out`; the environment points to it before Ray starts, so that workers have it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(name, value)
+        for proxy in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            patch.delenv(proxy, raising=False)
+        client = boto3.client("s3")
+        for bucket in ("reviews-in", "reviews-out"):
+            client.create_bucket(Bucket=bucket)
+        try:
+            yield url
+        finally:
+            client.close()
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(endpoint: str, shared_ray: None) -> Any:
+    """Arrow's view of the server, with 300 rows in six files below s3://reviews-in/day."""
+    filesystem = fs.S3FileSystem(endpoint_override=endpoint.partition("://")[2], scheme="http", region="us-east-1")
+    for file in range(6):
+        ids = range(file * 50, file * 50 + 50)
+        pq.write_table(pa.table({"id": ids, "text": [f"text {n}" for n in ids]}), f"reviews-in/day/{file % 2}/{file}.parquet", filesystem=filesystem)
+    return filesystem
+
+
+@hr.stage(out={"length": int})
+def length(text: hr.Column[str]) -> dict[str, Any]:
+    """A function."""
+    return {"length": [len(one) for one in text]}
+
+
+PIPELINE = hr.Pipeline("lengths", length)
+
+
+def test_from_s3_to_s3(bucket: Any) -> None:
+    """A glob as input and a prefix as output, in Parquet: whole files, the mark and the events."""
+    report = hr.run(PIPELINE, input=hr.Input("s3://reviews-in/day/*/*.parquet", where="id < 250"), output="s3://reviews-out/run/one", keep="id")
+    files = bucket.get_file_info(fs.FileSelector("reviews-out/run/one", recursive=True))
+    names = {file.base_name for file in files}
+    assert report.rows_out == 250 and {"_SUCCESS", "run.json", "events.jsonl"} <= names
+    parts = [file.path for file in files if file.base_name.startswith("part-")]
+    assert len(parts) == report.files
+    data = pa.concat_tables(pq.read_table(path, filesystem=bucket) for path in parts).sort_by("id")
+    assert data["id"].to_pylist() == list(range(250))
+    with pytest.raises(OutputError, match="holds the finished run of this pipeline"):
+        hr.run(PIPELINE, input="s3://reviews-in/day", output="s3://reviews-out/run/one")
+
+
+def test_from_s3_to_json_lines(bucket: Any, tmp_path: Path) -> None:
+    """A prefix as input, a local folder as output."""
+    report = hr.run(PIPELINE, input=hr.Input("s3://reviews-in/day", limit=120), output=hr.Output(str(tmp_path / "out"), format="jsonl"))
+    assert report.rows_in == report.rows_out == 120
+
+
+def test_a_delta_table_on_s3(bucket: Any, endpoint: str) -> None:
+    """The commit goes to the bucket, too."""
+    hr.run(PIPELINE, input="s3://reviews-in/day", output=hr.Output("s3://reviews-out/table", format="delta"), keep="id")
+    options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
+    table = deltalake.DeltaTable("s3://reviews-out/table", storage_options=options)
+    assert table.version() == 0
+    found = sum(pq.read_metadata(f"reviews-out/table/{os.path.basename(uri)}", filesystem=bucket).num_rows for uri in table.file_uris())
+    assert found == 300
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://no-such-bucket/x/*.parquet", r"no file matches 's3://no-such-bucket/x/\*\.parquet'; check the path"),
+        ("s3://reviews-in/none/*.parquet", r"no file matches 's3://reviews-in/none/\*\.parquet'"),
+        ("s3://reviews-in/day/*.csv", "no file matches"),
+    ],
+)
+def test_nothing_there(bucket: Any, uri: str, message: str) -> None:
+    """A bucket or a prefix that is not there is named as it was written."""
+    with pytest.raises(SourceError, match=message):
+        open_source(Input(uri))
+
+
+def test_a_server_that_does_not_answer(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input that cannot be listed, and an output that cannot be written, are told apart."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(SourceError, match=r"cannot list 's3://reviews-in/day'"):
+        open_source(Input("s3://reviews-in/day"))
+
+
+def test_an_output_bucket_that_does_not_exist(bucket: Any) -> None:
+    """It is told before anything runs."""
+    with pytest.raises(OutputError, match="cannot write to 's3://no-such-bucket/out'"):
+        hr.run(PIPELINE, input="s3://reviews-in/day", output="s3://no-such-bucket/out")
