@@ -260,7 +260,8 @@ def main() -> None:
     if arguments.save:
         machine = {"cores": CORES, "machine": platform.machine(), "python": platform.python_version()}
         versions = {name: version(name) for name in ("ray", "torch", "sentence-transformers", "pyarrow", "numpy")}
-        content = {"date": time.strftime("%Y-%m-%d"), "rows": arguments.rows, "machine": machine, "versions": versions, "median": summary, "ratios": ratios, "rounds": results}
+        content = {"date": time.strftime("%Y-%m-%d"), "rows": arguments.rows, "machine": machine, "versions": versions}
+        content |= {"median": summary, "ratios": ratios, "rounds": results}
         (HERE / "results/batch_embed.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -32,7 +32,7 @@ def accelerator(us_per_token: float) -> hr.Stage:
 
     @hr.stage(out={"vector": hr.Vector(384)}, batch=hr.tokens(16_384, of="tokens"))
     class Emulated:
-        def __call__(self, tokens: hr.Column[hr.Vector(dtype="int32")]):  # noqa: D102
+        def __call__(self, tokens: hr.Column[hr.Vector(dtype="int32")]):
             time.sleep(us_per_token * 1e-6 * len(tokens) * max(map(len, tokens)))
             return {"vector": np.broadcast_to(VECTOR, (len(tokens), 384))}
 
@@ -56,11 +56,11 @@ def main() -> None:
         busy_s = us_per_token * 1e-6 * sum(len(part) * lengths[part].max() for part in stage.batch.slices(lengths))
         shares: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(arguments.rounds):
-            for overlap in shares:
+            for overlap, values in shares.items():
                 worker = Worker([stage], overlap=overlap)
                 started = time.perf_counter()
                 worker(table)
-                shares[overlap].append(busy_s / (time.perf_counter() - started))
+                values.append(busy_s / (time.perf_counter() - started))
         off, on = (statistics.median(values) for values in shares.values())
         results[f"{us_per_token} us/token"] = {"busy share without": round(off, 3), "busy share with": round(on, 3), "speed-up": round(on / off, 3)}
         print(f"{us_per_token:4} us/token: busy {off:.1%} of the time without overlap, {on:.1%} with, {on / off:.2f} times as fast")

@@ -48,10 +48,9 @@ def collect(count: int) -> pa.Table:
                 packages[module.partition(".")[0]].append((zlib.crc32(module.encode()), file, module))  # mixed, and always alike
     streams = [(one for _, file, module in sorted(files) for one in itertools.islice(docstrings(file, module), 3)) for _, files in sorted(packages.items())]
     chosen: dict[str, str] = {}
-    for name, text in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams))):  # parses only as many files as it takes
+    turns = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams)))
+    for name, text in itertools.takewhile(lambda _: len(chosen) < count, turns):  # parses only as many files as that takes
         chosen.setdefault(text, name)
-        if len(chosen) == count:
-            break
     return pa.table({"name": list(chosen.values()), "text": list(chosen)})
 
 
@@ -64,7 +63,6 @@ def main(documents: int, output: Path) -> None:
     pq.write_table(collect(documents), source, row_group_size=1000)
     console.print(f"[bold]{pq.read_metadata(source).num_rows:,} docstrings[/] of the packages installed here, in {source}")
     print(hr.run(reviews, input=str(source), output=str(vectors), keep="name"))
-
     found = pq.read_table(vectors)
     matrix = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), -1)  # of length 1 each: a product is the cosine
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -72,8 +70,7 @@ def main(documents: int, output: Path) -> None:
         console.print(f"\n[bold cyan]{query}[/]")
         scores = matrix @ row["vector"]
         for at in (-scores).argsort()[:3].tolist():
-            text = " ".join(found["text"][at].as_py().split())
-            console.print(f"  {scores[at]:.2f}  [green]{found['name'][at]}[/]  {escape(text)}", no_wrap=True, overflow="ellipsis")
+            console.print(f"  {scores[at]:.2f}  [green]{found['name'][at]}[/]  {escape(found['text'][at].as_py())}", no_wrap=True, overflow="ellipsis")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Case:
 
 
 NOON = dt.datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=dt.UTC)
-TEXTS = ["", "a", "two words", "ümläut €", "😀 emoji", "line\nbreak", "tab\tand \\ and \"quote\"", "x" * 20_000, "NULL", "007"]
+TEXTS = ["", "a", "two words", "ümläut €", "😀 emoji", "line\nbreak", 'tab\tand \\ and "quote"', "x" * 20_000, "NULL", "007"]
 
 
 @hr.stage(out={"s2": str, "b2": bool, "i2": int, "f2": float, "y2": bytes, "at2": dt.datetime, "day2": dt.date}, batch=3)

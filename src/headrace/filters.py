@@ -133,6 +133,4 @@ class _Reader:
                 return pc.assume_timezone(pa.scalar(value).cast(pa.timestamp(kind.unit)), "UTC").cast(kind) if kind.tz else pa.scalar(value).cast(kind)
             return pa.scalar(value).cast(kind)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            raise SourceError(
-                f"--where {self.text!r}: {value!r} does not fit column {ast.unparse(column)!r} of type {kind}: {error}"
-            ) from None
+            raise SourceError(f"--where {self.text!r}: {value!r} does not fit column {ast.unparse(column)!r} of type {kind}: {error}") from None

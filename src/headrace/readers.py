@@ -111,9 +111,7 @@ def _parsed(source: Source, path: str, columns: Mapping[str, ColumnType], block_
                 pa.csv.ConvertOptions(column_types=types, include_columns=list(columns), strings_can_be_null=True, null_values=[""]),
             )
         else:
-            parse = pa.json.ParseOptions(
-                explicit_schema=pa.schema(types) if types else None, unexpected_field_behavior="ignore" if types else "infer"
-            )
+            parse = pa.json.ParseOptions(explicit_schema=pa.schema(types) if types else None, unexpected_field_behavior="ignore" if types else "infer")
             reader = pa.json.open_json(stream, pa.json.ReadOptions(block_size=block_bytes, use_threads=False), parse)
         with reader:
             for batch in reader:

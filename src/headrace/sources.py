@@ -212,7 +212,7 @@ def _start(bare: Source, path: str) -> tuple[pa.Schema, int] | None:
 
 
 def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
-    units = []
+    units: list[Unit] = []
     for start in range(0, len(files), _IMAGES_PER_UNIT):
         run = files[start : start + _IMAGES_PER_UNIT]
         paths = tuple(info.path for info in run)
@@ -266,7 +266,7 @@ def _count(source: Source, unit: Unit, enough: int) -> int:
     """Rows of a unit behind the source's filter, counted only up to `enough`."""
     counted = 0
     narrow = source.where.columns if source.where else source.schema.names[:1]
-    for part in read(source, unit, {name: ANY for name in narrow}, block_rows=8192):
+    for part in read(source, unit, dict.fromkeys(narrow, ANY), block_rows=8192):
         counted += part.num_rows
         if counted >= enough:
             break
@@ -325,5 +325,3 @@ def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, w
     if not source.units:
         raise SourceError("the input has no rows" + (f" for which --where {where!r} holds" if where else ""))
     return source
-
-

@@ -46,9 +46,7 @@ def command(tmp_path: Path) -> Run:
     def run(*arguments: str, timeout_s: float = 180, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1", "COLUMNS": "200", **variables}
         environment.pop("RAY_ADDRESS", None) if "RAY_ADDRESS" not in variables else None
-        return subprocess.run(
-            [sys.executable, "-m", "headrace", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout_s
-        )
+        return subprocess.run([sys.executable, "-m", "headrace", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,7 @@ def cluster() -> Iterator[Cluster]:
     """A head without accelerators and a node with one L4, with a dashboard on loopback; all of it is ended afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(SOURCE))
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # a job runs the `python` that it finds
         patch.delenv("RAY_ADDRESS", raising=False)
         cluster = Cluster(
             initialize_head=True,
@@ -86,7 +89,9 @@ def load(path: Path) -> hr.Pipeline:
 
 def nodes_with(**wanted: float) -> set[str]:
     """Nodes of the cluster that this process has joined which have some of each resource."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and all(bool(node["Resources"].get(name, 0)) == bool(there) for name, there in wanted.items())}
+    return {
+        node["NodeID"] for node in ray.nodes() if node["Alive"] and all(bool(node["Resources"].get(name, 0)) == bool(there) for name, there in wanted.items())
+    }
 
 
 def read_back(folder: Path) -> pa.Table:

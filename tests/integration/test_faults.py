@@ -51,7 +51,7 @@ def pipeline_of(kind: str, mark: str) -> hr.Pipeline:
 
 @pytest.mark.parametrize("kind", ["task", "actor"])
 def test_a_worker_is_killed(tmp_path: Path, kind: str) -> None:
-    """kill -9 of a task's worker, or of an actor, loses no row and doubles none."""
+    """Kill -9 of a task's worker, or of an actor, loses no row and doubles none."""
     (tmp_path / "in").mkdir()
     for file in range(4):
         ids = range(file * 500, file * 500 + 500)

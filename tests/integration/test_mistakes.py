@@ -91,10 +91,18 @@ MISTAKES: list[tuple[str, Sequence[str], str]] = [
     ("a wrong type between columns", ["typed.py", *USUAL], r"reads column 'text' as int, but in the input it is string; declare it as str"),
     ("an unknown stage", ["reviews.py", *USUAL, "--set", "scor.factor=2"], r"has no stage 'scor'; it has 'length', 'score'; did you mean 'score'\?"),
     ("an unknown setting", ["reviews.py", *USUAL, "--set", "score.facter=2"], r"has no setting 'facter'; it has 'factor', 'model'; did you mean 'factor'\?"),
-    ("a bad value of a setting", ["reviews.py", *USUAL, "--set", "score.factor=big"], r"score.factor='big': .*valid number.*; the setting is declared as float"),
+    (
+        "a bad value of a setting",
+        ["reviews.py", *USUAL, "--set", "score.factor=big"],
+        r"score.factor='big': .*valid number.*; the setting is declared as float",
+    ),
     ("no setting at all", ["reviews.py", *USUAL, "--set", "factor=2"], r"must have the form stage.setting=value"),
     ("an empty glob", ["reviews.py", "-i", "in/*.csv", *OUTPUT], r"no file matches 'in/\*\.csv'; check the path, and quote a glob"),
-    ("mixed formats", ["reviews.py", "-i", "mixed", *OUTPUT], r"the input mixes formats: .*a\.csv' is csv, .*b\.jsonl' is jsonl; narrow the glob or say --format"),
+    (
+        "mixed formats",
+        ["reviews.py", "-i", "mixed", *OUTPUT],
+        r"the input mixes formats: .*a\.csv' is csv, .*b\.jsonl' is jsonl; narrow the glob or say --format",
+    ),
     ("an unreadable bucket", ["reviews.py", "-i", "s3://reviews/day", *OUTPUT], r"cannot list 's3://reviews/day': "),
     ("an unknown scheme", ["reviews.py", "-i", "nope://x", *OUTPUT], r"cannot open 'nope://x': .*nope"),
     ("a missing column", ["reviews.py", *USUAL, "--columns", "id,stars"], r"'reviews' reads column 'text', which the input lacks; it has 'id', 'stars'"),
@@ -107,7 +115,11 @@ MISTAKES: list[tuple[str, Sequence[str], str]] = [
     ("--where that nothing fits", ["reviews.py", *USUAL, "--where", "stars > 100"], r"the input has no rows for which --where 'stars > 100' holds"),
     ("a bad --limit", ["reviews.py", *USUAL, "--limit", "0"], r"--limit must be at least 1, got 0"),
     ("an unknown input format", ["reviews.py", *USUAL, "--format", "parqet"], r"no input format 'parqet'; there are .*did you mean 'parquet'\?"),
-    ("an unknown output format", ["reviews.py", *USUAL, "--sink", "json"], r"no output format 'json'; there are 'parquet', 'jsonl', 'delta'; did you mean 'jsonl'\?"),
+    (
+        "an unknown output format",
+        ["reviews.py", *USUAL, "--sink", "json"],
+        r"no output format 'json'; there are 'parquet', 'jsonl', 'delta'; did you mean 'jsonl'\?",
+    ),
     ("an unknown option", ["reviews.py", *USUAL, "--model", "x"], r"No such option"),
     ("no output", ["reviews.py", *INPUT], r"Missing option"),
 ]
@@ -116,7 +128,13 @@ MISTAKES: list[tuple[str, Sequence[str], str]] = [
 @pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
 def test_a_mistake_is_told_before_ray_starts(folder: Path, command: Run, arguments: Sequence[str], message: str) -> None:
     """Exit code 2, one message, no traceback, and nothing written."""
-    unreachable = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}
+    unreachable = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
     told(command("run", *arguments, **unreachable), 2, message)
     assert not (folder / "out").exists()
 
@@ -165,6 +183,14 @@ def test_a_run(folder: Path, command: Run, address: str) -> None:
     done = command("run", "reviews.py", *USUAL, "--keep", "id", "--set", "score.factor=2", "--address", address)
     assert done.returncode == 0 and done.stdout.startswith("20 rows in "), done.stderr
     assert sum(pq.read_metadata(path).num_rows for path in (folder / "out").glob("part-*")) == 20
+
+
+def test_any_file_name_runs_on_a_ray_of_its_own(folder: Path, command: Run) -> None:
+    """Without an address Ray starts here; a file whose name no worker could import runs as any other, and imports its neighbours."""
+    (folder / "neighbour.py").write_text("def count(text):\n    return len(text)\n")
+    (folder / "my-reviews.py").write_text("from neighbour import count\n" + ONE.replace("len(t)", "count(t)"))
+    done = command("run", "my-reviews.py", *USUAL)
+    assert done.returncode == 0 and done.stdout.startswith("20 rows in "), done.stderr
 
 
 def test_an_address_that_does_not_answer(folder: Path, command: Run) -> None:

@@ -47,7 +47,7 @@ DATA = pa.table(
         ("ok", [0, 3]),
         ("not ok", [1]),
         ("ok == True", [0, 3]),
-        ("text == \"it's\"", [3]),
+        ('text == "it\'s"', [3]),
         ("text in ('a', 'b') or x > 3", [0, 1, 3]),
         ("(n == 1 or n == 2) and not ok", [1]),
         ("day > '2020-01-02'", [2, 3]),

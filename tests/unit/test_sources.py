@@ -329,7 +329,13 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] 
     ("a missing column", {"a.parquet": table(texts=["x"])}, {}, {"text": str}, r"'p' reads column 'text', which the input lacks; it has 'texts'; did you mean"),
     ("a wrong type", {"a.parquet": table(a=["x"])}, {}, {"a": int}, r"reads column 'a' as int, but in the input it is string; declare it as str"),
     ("a wrong type in CSV", {"a.csv": "a\nx\n"}, {}, {"a": int}, r"reads column 'a' as int, but in the input it is string; declare it as str"),
-    ("nulls", {"a.parquet": table(a=["x", None, None])}, {}, {"a": str}, r"as str, but the input has 2 nulls there; declare it as str \| None, or .*--where 'a is not"),
+    (
+        "nulls",
+        {"a.parquet": table(a=["x", None, None])},
+        {},
+        {"a": str},
+        r"as str, but the input has 2 nulls there; declare it as str \| None, or .*--where 'a is not",
+    ),
     ("unknown --columns", {"a.parquet": table(alpha=[1])}, {"columns": ["alpa"]}, {}, r"--columns names 'alpa', .*it has 'alpha'; did you mean 'alpha'\?"),
     ("rows that do not exist", {"a.parquet": table(a=[1])}, {"where": "a > 1"}, {"a": int}, r"no rows for which --where 'a > 1' holds"),
 ]

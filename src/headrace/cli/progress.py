@@ -40,8 +40,10 @@ class Progress:
                 self.rows[event.group] = self.rows.get(event.group, 0) + event.rows
             self.replicas += isinstance(event, ReplicaReady)
         now = time.monotonic()
-        groups = ", ".join(f"{group} {rows:,}" for group, rows in self.rows.items()) or "starting"
-        line = f"{now - self.started:5.0f} s  {groups}" + (f" of {total:,} rows" if total else " rows") + f"  ({self.replicas} replicas ready)"
+        groups = ", ".join(f"{group} {rows:,}" for group, rows in self.rows.items())
+        line = f"{now - self.started:5.0f} s  " + (groups + (f" of {total:,} rows" if total else " rows") if groups else "starting")
+        if self.replicas:
+            line += f"  ({self.replicas} replica{'s' * (self.replicas > 1)} ready)"
         if self.status:
             self.status.update(line)
         elif now - self.printed >= _PLAIN_EVERY_S:

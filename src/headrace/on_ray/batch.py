@@ -69,10 +69,10 @@ def run(
     source = select(source, wanted, pipeline=pipeline.name, where=input.where, limit=input.limit)
     sink, schema = sinks.open_sink(output), _schema({**pipeline.kept(kept), **pipeline.outputs}, source)
     sinks.vacant(sink, schema, pipeline=pipeline.name)
-    if ray.is_initialized():
-        for stage in pipeline.stages:
-            compat.ship(stage.call)
+    joined = ray.is_initialized()
     with connect() as cluster:
+        for stage in pipeline.stages:
+            compat.ship(stage.call, importable=not joined and compat.started_here())
         plan = resolve(pipeline, cluster, keep=kept)
         sinks.prepare(sink, schema, pipeline=pipeline.name)
         with Record(sink, lambda new: watch(new, source.rows)) as record:
@@ -98,20 +98,22 @@ def lower(plan: Plan, source: Source, *, log: Any = None) -> compat.Dataset:
     """
     log = log or EventLog.remote()  # type: ignore[attr-defined]
     rows = block_rows(plan, source)
-    dataset = ray.data.from_arrow(pack(source.units, rows))
+    dataset: compat.Dataset = ray.data.from_arrow(pack(source.units, rows))
     # The readers get their units task by task, so the source itself travels without them.
     reader = Reader(dataclasses.replace(source, units=()), plan.source, rows, log)
     # Ray fuses these two into one operator. Its block rule is a number of bytes, which would leave one block of 8,192
     # reviews, and one actor busy; a number of rows gives every replica its share.
     dataset = dataset.map_batches(reader, batch_size=None, batch_format="pyarrow").repartition(target_num_rows_per_block=rows)
     for group in plan.groups:
-        dataset = _operator(dataset, group, source, rows, log)
+        # A model after a function needs no fence: the function has one, and a second would make the two alike again.
+        fence = compat.fence() if group.replicas is None or group is plan.groups[0] else {}
+        dataset = _operator(dataset, group, source, rows, log, fence)
     return dataset
 
 
-def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, log: Any) -> compat.Dataset:
+def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, log: Any, fence: dict[str, Any]) -> compat.Dataset:
     hardware, kind = group.choice.hardware, group.choice.kind
-    options: dict[str, Any] = {"num_cpus": hardware.cpus}
+    options: dict[str, Any] = {"num_cpus": hardware.cpus, **fence}
     if hardware.gpus:
         options["num_gpus"] = hardware.gpus
     if kind:
@@ -119,13 +121,14 @@ def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, 
     if hardware.memory_gb:
         options["memory"] = hardware.memory_gb * 1e9
     options |= dict(group.stages[0].ray)
+    size = rows if options.get("num_gpus") else None  # whole blocks; beside accelerators Ray insists on a number
     if group.replicas is None:
-        return dataset.map_batches(Functions(group, log), batch_size=None, batch_format="pyarrow", **{**compat.fence(), **options})
+        return dataset.map_batches(Functions(group, log), batch_size=size, batch_format="pyarrow", **options)
     least, most = group.replicas
     useful = most if source.rows is None else min(most, max(1, math.ceil(source.rows / rows)))
     pool = compat.ActorPoolStrategy(min_size=least, max_size=most, initial_size=max(least, useful), max_tasks_in_flight_per_actor=2)
     return dataset.map_batches(
-        Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=None, batch_format="pyarrow", **options
+        Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=size, batch_format="pyarrow", **options
     )
 
 
@@ -178,7 +181,7 @@ def _translated(error: BaseException) -> HeadraceError:
     """The HeadraceError that a worker raised, dug out of Ray's wrapping; else a RunError with Ray's own words."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, HeadraceError):
+        if isinstance(seen, HeadraceError) and not isinstance(seen, ray.exceptions.RayError):  # Ray's wrapper is both, and prints its own frames
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     first = str(error).strip().splitlines()

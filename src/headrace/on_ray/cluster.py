@@ -38,7 +38,7 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     where = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if where:
-        options |= {"address": where, "runtime_env": code(folder) if folder else None}
+        options |= {"address": where, "runtime_env": code(folder) if folder and not compat.in_job() else None}
     else:
         options |= {"num_cpus": 2 * compat.cores(), "include_dashboard": False}
     # Workers inherit the environment: what this process can import, they can. Ray's C++ core writes to the terminal itself.
@@ -53,7 +53,7 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
             raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
         raise RunError(f"cannot join Ray at {where!r}: {error}. It must be host:6379 or ray://host:10001; without it, Ray starts here") from error
     try:
-        with contextlib.nullcontext() if verbose else _quiet("ray", "ray.data"):
+        with contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}):
             yield describe(spare_cpus=_SPARE_CPUS if where else compat.cores())
     finally:
         ray.shutdown()
@@ -87,17 +87,16 @@ def _no_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Only errors from these loggers for the length of the block."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _quiet(**levels: int) -> Iterator[None]:
+    """Loggers held to a level for the length of the block. What Ray Data logs as an error is raised by the run as well."""
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def code(folder: Path) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import sysconfig
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import cloudpickle
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus
@@ -14,7 +17,22 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 
-__all__ = ["ActorPoolStrategy", "Block", "BlockAccessor", "DataContext", "Dataset", "Datasink", "TaskContext", "context", "cores", "fence", "gpus", "ship"]
+__all__ = [
+    "ActorPoolStrategy",
+    "Block",
+    "BlockAccessor",
+    "DataContext",
+    "Dataset",
+    "Datasink",
+    "TaskContext",
+    "context",
+    "cores",
+    "fence",
+    "gpus",
+    "in_job",
+    "ship",
+    "started_here",
+]
 
 
 def cores() -> int:
@@ -27,16 +45,30 @@ def gpus() -> tuple[int, str | None]:
     return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(), NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
 
 
-def ship(call: Any) -> None:
+def started_here() -> bool:
+    """Whether the Ray that this process has joined was started by it."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def in_job() -> bool:
+    """Whether this process is the driver of a submitted job; Ray refuses it a runtime environment besides the job's own."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def ship(call: Any, *, importable: bool) -> None:
     """Send the modules that define a stage to the workers by value, unless they are installed packages.
 
-    For a Ray that somebody else has started: its workers may not be able to import what this process can.
+    The workers of a Ray that somebody else has started may not be able to import what this process can. Where they can
+    (`importable`), only a file that was loaded under another name than its own is sent, such as my-pipeline.py.
     """
     kinds = [call] if inspect.isfunction(call) else type(call).__mro__
     installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     for module in (sys.modules.get(kind.__module__) for kind in kinds):
         file = getattr(module, "__file__", None)
-        if file and module.__name__ != "__main__" and not file.startswith(installed):
+        if module is None or not file or module.__name__ == "__main__" or file.startswith(installed):
+            continue
+        if not importable or Path(file).stem not in ("__init__", module.__name__.rpartition(".")[2]):
             cloudpickle.register_pickle_by_value(module)
 
 
@@ -55,4 +87,5 @@ def context(base: DataContext) -> DataContext:
     ctx.enable_progress_bars = False
     ctx.print_on_execution_start = False
     ctx.max_errored_blocks = 0
+    ctx.raise_original_map_exception = True  # else a stage's error arrives as text within an error of Ray's own
     return ctx

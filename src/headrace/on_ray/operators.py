@@ -123,7 +123,7 @@ def limit_threads(count: int) -> None:
         sys.modules["torch"].set_num_threads(count)
 
 
-class Writer(Datasink[FileWritten]):
+class Writer(Datasink[FileWritten | None]):
     """Ray's own sink interface over `headrace.sinks`: one file per write, and enough bytes per write for a good file."""
 
     def __init__(self, sink: sinks.Sink) -> None:

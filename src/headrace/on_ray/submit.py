@@ -14,10 +14,11 @@ from headrace.errors import RunError
 from headrace.on_ray.cluster import code
 
 _POLL_S = 1.0
+_HEAD_START_S = 60.0
 
 
 def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[str], None]) -> int:
-    """Run `headrace ARGUMENTS` on the cluster behind the dashboard at `url`, with the files of `folder`; 0 if it succeeded.
+    """Run `headrace ARGUMENTS` on the cluster behind the dashboard at `url`, with the files of `folder`; its exit code.
 
     The cluster needs Ray of this version and what the stages import; headrace itself travels along. `echo` is called with
     each piece of the job's output as it comes.
@@ -27,7 +28,7 @@ def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[
     """
     try:
         client = JobSubmissionClient(url)
-        job = client.submit_job(entrypoint="python -m headrace " + shlex.join(arguments), runtime_env=code(folder))
+        job = _submitted(client, "python -m headrace " + shlex.join(arguments), folder)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise RunError(f"cannot submit to {url!r}: {error}. It must be the address of a Ray dashboard, such as http://head:8265") from error
     echo(f"job {job} on {url}\n")
@@ -38,7 +39,21 @@ def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[
         echo(logs[shown:])
         shown = len(logs)
         if status.is_terminal():
-            if status is not JobStatus.SUCCEEDED:
-                echo(f"job {job} {status.value.lower()}: {client.get_job_info(job).message}\n")
-            return 0 if status is JobStatus.SUCCEEDED else 1
+            if status is JobStatus.SUCCEEDED:
+                return 0
+            info = client.get_job_info(job)
+            echo(f"job {job} {status.value.lower()}: {info.message}\n")
+            return info.driver_exit_code or 1
+        time.sleep(_POLL_S)
+
+
+def _submitted(client: JobSubmissionClient, entrypoint: str, folder: Path) -> str:
+    """The job's id. A head that has just started has no agent for jobs yet, and says so: asked again for a while."""
+    deadline = time.monotonic() + _HEAD_START_S
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=code(folder))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
         time.sleep(_POLL_S)

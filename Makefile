@@ -1,0 +1,50 @@
+# Everything a developer runs. `make help` lists it; each target first sets up what it needs in .venv.
+
+PYTHON ?= python3
+BENCH ?=
+BIN := .venv/bin
+PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check bench faults docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
+	$(BIN)/python -m pytest tests/unit tests/properties tests/test_architecture.py
+	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/properties --ignore=tests/test_architecture.py
+
+check: .venv/.ready-dev ## Check style, types, import rings, and that the reference is up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH='--rounds 1' passes options on)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/batch_embed.py $(BENCH)
+
+faults: .venv/.ready-dev ## Run the tests that kill processes
+	$(BIN)/python -m pytest -m faults tests
+
+docs: .venv/.ready-dev ## Write docs/reference from the code
+	$(BIN)/python docs/generate.py
+
+clean: ## Remove .venv, caches and what the targets wrote
+	rm -rf .venv demo-output dist build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch goes first and by its exact version: on its own, pip takes the build of that version which fits the machine's index,
+# rather than whichever the other packages' requirements lead to.
+.venv/.ready-%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "headrace needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt '$(PINNED_TORCH)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@

