@@ -106,10 +106,7 @@ def data(folder: Path) -> None:
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "in").mkdir()
     for year in (2024, 2025):
-        rows = [
-            {"review_id": year * 100 + at, "date": dt.date(year, 1, 1 + at), "stars": 1 + at % 5, "text": TEXTS[at % len(TEXTS)]}
-            for at in range(20)
-        ]
+        rows = [{"review_id": year * 100 + at, "date": dt.date(year, 1, 1 + at), "stars": 1 + at % 5, "text": TEXTS[at % len(TEXTS)]} for at in range(20)]
         pq.write_table(pa.Table.from_pylist(rows), folder / "in" / f"{year}.parquet")
 
 

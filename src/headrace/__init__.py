@@ -1,14 +1,14 @@
 """One pipeline, every shape of work: stages written once, run as a streaming batch job on Ray.
 
-    import headrace as hr
+import headrace as hr
 
-    @hr.stage(out={"text": str})
-    def clean(text: hr.Column[str]):
-        return {"text": [" ".join(t.split()) for t in text]}
+@hr.stage(out={"text": str})
+def clean(text: hr.Column[str]):
+    return {"text": [" ".join(t.split()) for t in text]}
 
-    tidy = hr.Pipeline("tidy", clean)
-    tidy.local([{"text": "  A   quiet room "}])                        # here, in this process
-    hr.run(tidy, input="reviews/*.parquet", output="out")              # on Ray
+tidy = hr.Pipeline("tidy", clean)
+tidy.local([{"text": "  A   quiet room "}])                        # here, in this process
+hr.run(tidy, input="reviews/*.parquet", output="out")              # on Ray
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from headrace.batching import rows, tokens
 from headrace.columns import Column, Image, Vector
 from headrace.errors import HeadraceError
+from headrace.formats import Input, Output
 from headrace.hardware import cpu, gpu
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, explain, resolve
-from headrace.sinks import Output
-from headrace.sources import Input
 from headrace.stage import Stage, stage
 
 if TYPE_CHECKING:

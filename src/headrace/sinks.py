@@ -13,35 +13,22 @@ import math
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from headrace.errors import OutputError, listing, nearest
+from headrace.errors import OutputError, listing
 from headrace.events import FileWritten
 from headrace.filesystems import Place, locate
+from headrace.formats import OUTPUT_ENDINGS, Output
 
-FORMATS = {"parquet": ".parquet", "jsonl": ".jsonl", "delta": ".parquet"}
 FILE_BYTES = 64 << 20  # of rows in memory; zstd makes of it a file of 20 to 60 MB
 RECORD = "_headrace"  # what headrace keeps beside the data; readers skip names that start with _
 SUCCESS = "_SUCCESS"
 _ROW_GROUP_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where to write: a folder (path or URI) that does not exist or is empty, and `parquet`, `jsonl` or `delta`."""
-
-    path: str
-    _: KW_ONLY
-    format: str = "parquet"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise OutputError(f"no output format {self.format!r}; there are {listing(FORMATS)}" + nearest(self.format, FORMATS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +86,7 @@ def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
 def write(sink: Sink, tables: Sequence[pa.Table]) -> FileWritten:
     """Write one data file with the rows of `tables`; complete under its name, or not there at all."""
     data = pa.concat_tables(tables)
-    name = f"part-{uuid.uuid4().hex}{FORMATS[sink.format]}"
+    name = f"part-{uuid.uuid4().hex}{OUTPUT_ENDINGS[sink.format]}"
     content = _json_lines(data) if sink.format == "jsonl" else _parquet(data)
     try:
         put(sink.place.child(name), content)

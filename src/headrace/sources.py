@@ -10,12 +10,11 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -23,50 +22,14 @@ from headrace import filters
 from headrace.columns import ANY, ColumnType, accepts, from_arrow
 from headrace.errors import SourceError, listing, nearest
 from headrace.filesystems import Place, find, locate
+from headrace.formats import INPUT_ENDINGS, Input
 from headrace.readers import naming, read, text_tables
 from headrace.units import Source, Unit, plain
 
-FORMATS = {
-    "parquet": (".parquet", ".pq", ".parq"),
-    "csv": (".csv", ".csv.gz", ".tsv", ".tsv.gz"),
-    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json"),
-    "images": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-}
 _IMAGE_SCHEMA = pa.schema({"path": pa.string(), "image": pa.binary()})
 _NO_NUMBER = r"^[+-]?(0[0-9]|[0-9]{19,}$)"  # as a number, 007 would lose its zeros, and an id of twenty digits its end
 _IMAGES_PER_UNIT = 64
 _OPENING_THREADS = 32  # opening files is all waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What to read.
-
-    Args:
-        paths: files, folders, globs or URIs.
-        format: `parquet`, `csv`, `jsonl` or `images`; told from the names when left out.
-        columns: take the input to have only these columns.
-        where: an expression over columns, see `headrace.filters`; pushed down to Parquet's row groups.
-        limit: only the first rows in order of path and position; exact, also behind a filter.
-    """
-
-    paths: str | Sequence[str]
-    _: KW_ONLY
-    format: str | None = None
-    columns: Sequence[str] | None = None
-    where: str | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise SourceError(f"--limit must be at least 1, got {self.limit}")
-        if self.format is not None and self.format not in FORMATS:
-            raise SourceError(f"no input format {self.format!r}; there are {listing(FORMATS)}" + nearest(self.format, FORMATS))
-
-    @property
-    def uris(self) -> tuple[str, ...]:
-        """The paths as a tuple."""
-        return (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
 
 
 def open_source(wanted: Input) -> Source:
@@ -102,7 +65,7 @@ def _matches(place: Place, format: str | None) -> list[fs.FileInfo]:
         raise SourceError(f"no file matches {place.uri!r}; check the path, and quote a glob so that the shell leaves it alone")
     if len(infos) == 1 or format is not None:
         return infos
-    endings = tuple(itertools.chain.from_iterable(FORMATS.values()))
+    endings = tuple(itertools.chain.from_iterable(INPUT_ENDINGS.values()))
     if known := [info for info in infos if info.path.lower().endswith(endings)]:
         return known
     raise SourceError(f"none of the {len(infos)} files of {place.uri!r} has a known ending ({', '.join(endings)}); say --format")
@@ -112,9 +75,9 @@ def _format(paths: Sequence[str]) -> str:
     """The one format of all files, by their endings."""
     found: dict[str, str] = {}
     for path in paths:
-        kind = next((kind for kind, endings in FORMATS.items() if path.lower().endswith(endings)), None)
+        kind = next((kind for kind, endings in INPUT_ENDINGS.items() if path.lower().endswith(endings)), None)
         if kind is None:
-            raise SourceError(f"cannot tell the format of {path!r}; say --format {'|'.join(FORMATS)}")
+            raise SourceError(f"cannot tell the format of {path!r}; say --format {'|'.join(INPUT_ENDINGS)}")
         found.setdefault(kind, path)
     if len(found) > 1:
         raise SourceError(f"the input mixes formats: {', '.join(f'{path!r} is {kind}' for kind, path in found.items())}; narrow the glob or say --format")
@@ -131,18 +94,21 @@ def _open_parquet(place: Place, files: list[fs.FileInfo]) -> Source:
     schema = footers[0].schema.to_arrow_schema()
     units: list[Unit] = []
     nulls: Counter[str] = Counter()
-    heaviest = 1
+    heaviest = total = 1
     for info, footer in zip(files, footers, strict=True):
         schema = _merged(schema, footer.schema.to_arrow_schema(), files[0].path, info.path)
         for number in range(footer.num_row_groups):
             group = footer.row_group(number)
             if not group.num_rows:
                 continue
-            heaviest = max(heaviest, group.total_byte_size // max(1, group.num_rows))
+            heaviest = max(heaviest, group.total_byte_size // group.num_rows)
+            total += group.total_byte_size
             for column in map(group.column, range(group.num_columns)):
                 nulls[column.path_in_schema] += (column.statistics and column.statistics.null_count) or 0
             units.append(Unit(len(units), (info.path,), number, group.num_rows, info.size, _modified(info)))
-    return Source(place, "parquet", schema, tuple(units), row_bytes=heaviest, nulls=nulls)
+    return Source(
+        place, "parquet", schema, tuple(units), row_bytes=total // max(1, sum(unit.rows or 0 for unit in units)), heaviest_bytes=heaviest, nulls=nulls
+    )
 
 
 def _footer(place: Place, path: str) -> pq.FileMetaData:
@@ -191,7 +157,8 @@ def _text_source(place: Place, files: list[fs.FileInfo], kind: str) -> Source:
     first, schema, _ = known[0]
     for path, other, _ in known[1:]:
         schema = _merged(schema, other, first, path, text=kind)
-    return replace(bare, schema=schema, row_bytes=max(weight for _, _, weight in known))
+    weights = [weight for _, _, weight in known]
+    return replace(bare, schema=schema, row_bytes=sum(weights) // len(weights), heaviest_bytes=max(weights))
 
 
 def _start(bare: Source, path: str) -> tuple[pa.Schema, int] | None:
@@ -217,7 +184,9 @@ def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
         run = files[start : start + _IMAGES_PER_UNIT]
         paths = tuple(info.path for info in run)
         units.append(Unit(len(units), paths, None, len(paths), sum(info.size for info in run), max(map(_modified, run))))
-    return Source(place, "images", _IMAGE_SCHEMA, tuple(units), row_bytes=max(info.size for info in files))
+    return Source(
+        place, "images", _IMAGE_SCHEMA, tuple(units), row_bytes=sum(info.size for info in files) // len(files), heaviest_bytes=max(info.size for info in files)
+    )
 
 
 _OPENERS = {
@@ -233,7 +202,9 @@ def _filtered(source: Source, where: str) -> Source:
     condition = filters.parse(where, source.schema)
     units = source.units
     if source.format == "parquet":
-        layout = pa.dataset.ParquetFileFormat()
+        from pyarrow.dataset import ParquetFileFormat  # loads pandas where it is installed, and only a filter needs it
+
+        layout = ParquetFileFormat()
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
             paths = dict.fromkeys(unit.paths[0] for unit in units)
             kept = pool.map(lambda path: _surviving(layout.make_fragment(path, source.place.filesystem), source.schema, condition), paths)

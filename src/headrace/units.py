@@ -32,8 +32,8 @@ class Unit:
 class Source:
     """Files of one format on one file system, cut into units.
 
-    `row_bytes` is the weight of a row in the heaviest part of the input, `nulls` how many nulls the statistics of a column
-    tell of.
+    `row_bytes` is the weight of a row on average, `heaviest_bytes` that in the heaviest part of the input, `nulls` how many
+    nulls the statistics of a column tell of.
     """
 
     place: Place
@@ -42,6 +42,7 @@ class Source:
     units: tuple[Unit, ...]
     where: Filter | None = None
     row_bytes: int = 1024
+    heaviest_bytes: int = 1024
     nulls: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -19,12 +19,13 @@ import pytest
 import headrace as hr
 from headrace import events
 from headrace.errors import ContractError, OutputError, RunError, SourceError, StageError, WiringError
+from headrace.formats import Input
 from headrace.on_ray import batch, compat
 from headrace.on_ray.batch import lower
 from headrace.on_ray.cluster import describe
 from headrace.on_ray.operators import EventLog
 from headrace.plan import resolve
-from headrace.sources import Input, open_source, select
+from headrace.sources import open_source, select
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 

@@ -61,7 +61,14 @@ def cluster() -> Iterator[Cluster]:
         patch.delenv("RAY_ADDRESS", raising=False)
         cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 4, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0, "object_store_memory": 256 << 20},
+            head_node_args={
+                "num_cpus": 4,
+                "include_dashboard": True,
+                "dashboard_host": "127.0.0.1",
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": 0,  # its fixed default belongs to whichever Ray on this machine came first
+                "object_store_memory": 256 << 20,
+            },
         )
         try:
             cluster.add_node(**GPU_NODE, object_store_memory=256 << 20)

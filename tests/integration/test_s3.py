@@ -17,7 +17,8 @@ from pyarrow import fs
 
 import headrace as hr
 from headrace.errors import OutputError, SourceError
-from headrace.sources import Input, open_source
+from headrace.formats import Input
+from headrace.sources import open_source
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
 

@@ -20,7 +20,6 @@ def function(name, reads, writes, **options):
 
 def model(name, reads, writes, **options):
     """A class stage over text columns, made."""
-
     call = eval(f"lambda self, {reads}: None")
     call.__annotations__ = {reads: hr.Column[str]}
     return hr.stage(out={writes: str}, name=name, **options)(type("Model", (), {"__call__": call}))()

@@ -12,8 +12,9 @@ import pytest
 from headrace import readers
 from headrace.columns import type_of
 from headrace.errors import SourceError
+from headrace.formats import Input
 from headrace.readers import read
-from headrace.sources import Input, open_source
+from headrace.sources import open_source
 
 
 def test_a_large_row_group_is_streamed(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import pytest
 
 from headrace import sinks
 from headrace.errors import OutputError
-from headrace.sinks import Output, finish, open_sink, prepare, write
+from headrace.formats import Output
+from headrace.sinks import finish, open_sink, prepare, write
 
 SCHEMA = pa.schema([("a", pa.int64())])
 

@@ -17,8 +17,9 @@ import headrace as hr
 from headrace import readers
 from headrace.columns import type_of
 from headrace.errors import SourceError
+from headrace.formats import Input
 from headrace.readers import read
-from headrace.sources import Input, open_source, select
+from headrace.sources import open_source, select
 
 
 def rows_of(source: Any, wanted: dict[str, Any], *, block_rows: int = 100) -> list[dict[str, Any]]:
@@ -394,4 +395,4 @@ def test_the_weight_of_a_row_is_that_of_the_heaviest_part(tmp_path: Path) -> Non
     """One row group of heavy rows bounds the blocks of the whole input."""
     data = table(text=["x"] * 99 + [np.random.default_rng(0).bytes(300_000).hex()])
     pq.write_table(data, tmp_path / "a.parquet", row_group_size=99, compression="none")
-    assert open_source(Input(str(tmp_path))).row_bytes >= 600_000
+    assert open_source(Input(str(tmp_path))).heaviest_bytes >= 600_000

@@ -10,8 +10,9 @@ import typer
 from headrace import plan
 from headrace.cli.loading import load
 from headrace.cli.options import Address, File, Keep, Set, names
+from headrace.formats import Input
 from headrace.settings import override
-from headrace.sources import Input, open_source, select
+from headrace.sources import open_source, select
 
 In = Annotated[list[str] | None, typer.Option("--input", "-i", metavar="PATH", help="Check the pipeline against this input, too; repeatable.")]
 

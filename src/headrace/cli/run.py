@@ -12,14 +12,13 @@ import typer
 from headrace.cli.loading import load
 from headrace.cli.options import Address, File, Keep, Set, names
 from headrace.cli.progress import Progress
+from headrace.formats import Input, Output
 from headrace.settings import override
-from headrace.sinks import Output
-from headrace.sources import Input
 
 In = Annotated[list[str], typer.Option("--input", "-i", metavar="PATH", help="A file, folder, glob or URI (s3://, gs://, ...); repeatable.")]
 Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist or is empty.")]
 Columns = Annotated[str, typer.Option(metavar="COLUMNS", help="Take the input to have only these columns: a,b,c.")]
-Where = Annotated[str | None, typer.Option(metavar="EXPR", help="Which rows to read, such as \"stars >= 4 and city is not None\".")]
+Where = Annotated[str | None, typer.Option(metavar="EXPR", help='Which rows to read, such as "stars >= 4 and city is not None".')]
 Limit = Annotated[int | None, typer.Option(help="Read only the first rows.")]
 Format = Annotated[str | None, typer.Option(help="Input format: parquet, csv, jsonl or images; told from the names by default.")]
 Sink = Annotated[str, typer.Option(help="Output format: parquet, jsonl or delta.")]

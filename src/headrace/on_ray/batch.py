@@ -18,6 +18,7 @@ from headrace.batching import Tokens
 from headrace.columns import ANY, ColumnType
 from headrace.errors import HeadraceError, RunError
 from headrace.events import Event, FileWritten, RunFinished, RunStarted
+from headrace.formats import Input, Output
 from headrace.hardware import Cluster
 from headrace.on_ray import compat
 from headrace.on_ray.cluster import connected
@@ -26,11 +27,11 @@ from headrace.pipeline import Pipeline
 from headrace.plan import Group, Plan, resolve
 from headrace.record import Record
 from headrace.report import Report
-from headrace.sinks import Output
-from headrace.sources import Input, open_source, select
+from headrace.sources import open_source, select
 from headrace.units import Source, plain
 
 _BLOCK_BYTES = 32 << 20
+_HEAVIEST_BLOCK_BYTES = 512 << 20  # where the rows of one part of the input are far longer than the rest
 _BLOCKS_PER_REPLICA = 6
 _POLL_S = 0.5
 
@@ -81,9 +82,7 @@ def run(
             rows_in, rows_out = record.tally.rows_read, sum(file.rows for file in files)
             if rows_in != rows_out or source.rows not in (None, rows_in):
                 promised = "" if source.rows is None else f" of {source.rows:,} in the files"
-                raise RunError(
-                    f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success"
-                )
+                raise RunError(f"{rows_in:,} rows were read{promised}, but {rows_out:,} written to {output.path!r}; the output is not marked as a success")
             sinks.finish(sink, files, schema)
             record.add([*files, RunFinished(rows_in, rows_out, time.perf_counter() - started)])
     return record.tally.report(pipeline=pipeline.name, output=output.path, groups=[group.name for group in plan.groups])
@@ -127,9 +126,7 @@ def _operator(dataset: compat.Dataset, group: Group, source: Source, rows: int, 
     least, most = group.replicas
     useful = most if source.rows is None else min(most, max(1, math.ceil(source.rows / rows)))
     pool = compat.ActorPoolStrategy(min_size=least, max_size=most, initial_size=max(least, useful), max_tasks_in_flight_per_actor=2)
-    return dataset.map_batches(
-        Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=size, batch_format="pyarrow", **options
-    )
+    return dataset.map_batches(Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=size, batch_format="pyarrow", **options)
 
 
 def block_rows(plan: Plan, source: Source) -> int:
@@ -144,7 +141,7 @@ def block_rows(plan: Plan, source: Source) -> int:
         ideal = min(4096, max(512, 8 * max(_slice_rows(stage.batch, source) for group in models for stage in group.stages)))
     if source.rows is not None:
         ideal = min(ideal, math.ceil(source.rows / (_BLOCKS_PER_REPLICA * replicas)))
-    return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes)))
+    return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes), _HEAVIEST_BLOCK_BYTES // max(1, source.heaviest_bytes)))
 
 
 def _slice_rows(rule: Any, source: Source) -> int:

@@ -40,7 +40,8 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     if where:
         options |= {"address": where, "runtime_env": code(folder) if folder and not compat.in_job() else None}
     else:
-        options |= {"num_cpus": 2 * compat.cores(), "include_dashboard": False}
+        # "local", or Ray would join a cluster that happens to run on this machine.
+        options |= {"address": "local", "num_cpus": 2 * compat.cores(), "include_dashboard": False}
     # Workers inherit the environment: what this process can import, they can. Ray's C++ core writes to the terminal itself.
     variables = {} if where else {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
     if not verbose:
@@ -51,7 +52,7 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if not where:
             raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
-        raise RunError(f"cannot join Ray at {where!r}: {error}. It must be host:6379 or ray://host:10001; without it, Ray starts here") from error
+        raise RunError(f"cannot join Ray at {where!r}: {error}. It must be the head's host:6379; without an address, Ray starts here") from error
     try:
         with contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}):
             yield describe(spare_cpus=_SPARE_CPUS if where else compat.cores())

@@ -14,7 +14,6 @@ from headrace.errors import RunError
 from headrace.on_ray.cluster import code
 
 _POLL_S = 1.0
-_HEAD_START_S = 60.0
 
 
 def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[str], None]) -> int:
@@ -28,7 +27,7 @@ def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[
     """
     try:
         client = JobSubmissionClient(url)
-        job = _submitted(client, "python -m headrace " + shlex.join(arguments), folder)
+        job = client.submit_job(entrypoint="python -m headrace " + shlex.join(arguments), runtime_env=code(folder))
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise RunError(f"cannot submit to {url!r}: {error}. It must be the address of a Ray dashboard, such as http://head:8265") from error
     echo(f"job {job} on {url}\n")
@@ -44,16 +43,4 @@ def submit(url: str, arguments: Sequence[str], *, folder: Path, echo: Callable[[
             info = client.get_job_info(job)
             echo(f"job {job} {status.value.lower()}: {info.message}\n")
             return info.driver_exit_code or 1
-        time.sleep(_POLL_S)
-
-
-def _submitted(client: JobSubmissionClient, entrypoint: str, folder: Path) -> str:
-    """The job's id. A head that has just started has no agent for jobs yet, and says so: asked again for a while."""
-    deadline = time.monotonic() + _HEAD_START_S
-    while True:
-        try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=code(folder))
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
         time.sleep(_POLL_S)
