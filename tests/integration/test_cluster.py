@@ -159,7 +159,7 @@ def test_hardware_that_is_not_there(cluster: Cluster, pipeline_file: Path) -> No
 
 def test_an_address_that_does_not_answer() -> None:
     """What it must look like is said."""
-    with pytest.raises(RunError, match=r"cannot join Ray at 'not an address'.*It must be host:6379"), connected("not an address"):
+    with pytest.raises(RunError, match=r"cannot join Ray at 'not an address'.*It must be the head.s host:6379"), connected("not an address"):
         pass
 
 

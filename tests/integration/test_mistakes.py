@@ -195,5 +195,5 @@ def test_any_file_name_runs_on_a_ray_of_its_own(folder: Path, command: Run) -> N
 
 def test_an_address_that_does_not_answer(folder: Path, command: Run) -> None:
     """It is a failure of the run, and what an address looks like is said."""
-    told(command("run", "reviews.py", *USUAL, "--address", "nowhere"), 1, r"cannot join Ray at 'nowhere': .*It must be host:6379 or ray://host:10001")
+    told(command("run", "reviews.py", *USUAL, "--address", "nowhere"), 1, r"cannot join Ray at 'nowhere': .*It must be the head's host:6379")
     assert os.listdir(folder / "in") == ["a.parquet"]
