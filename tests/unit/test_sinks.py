@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deltalake
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,7 +54,7 @@ def test_parquet_is_zstd_with_bounded_row_groups(tmp_path: Path) -> None:
     """Files are compressed with zstd; row groups hold about 16 MB, so that the next reader can share them out."""
     schema = pa.schema([("v", pa.list_(pa.float32(), 256))])
     sink = sink_at(tmp_path, schema=schema)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(range(40_000 * 256), pa.float32()), 256)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(40_000 * 256, dtype="float32")), 256)
     footer = pq.read_metadata(tmp_path / write(sink, [pa.table({"v": vectors}, schema)]).path)
     assert footer.row_group(0).column(0).compression == "ZSTD"
     assert footer.num_row_groups == 3
