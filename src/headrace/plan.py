@@ -87,13 +87,13 @@ def _replicas(runs: Sequence[Sequence[tuple[Stage, Choice]]], cluster: Cluster) 
     return {name: (least, count) for (name, _, least, _), count in zip(wishes, counts, strict=True)}
 
 
-def explain(plan: Plan, *, cluster: bool = True) -> str:
-    """The plan as text: the columns on every edge, and each group with its hardware, replicas and batch rules."""
-    lines = [f"pipeline {plan.pipeline.name}"]
-    if cluster:
-        lines.append(f"cluster  {plan.cluster}")
-    lines += ["", "source"]
-    edge: dict[str, ColumnType] = dict(plan.source)
+def explain(plan: Plan, *, types: Mapping[str, ColumnType] | None = None) -> str:
+    """The plan as text: the columns on every edge, and each group with its hardware, replicas and batch rules.
+
+    `types` are those of a source at hand; without them a column that is only carried has the type `any`.
+    """
+    lines = [f"pipeline {plan.pipeline.name}", f"cluster  {plan.cluster}", "", "source"]
+    edge = {name: (types or {}).get(name, column) if column.kind == "any" else column for name, column in plan.source.items()}
     for number, group in enumerate(plan.groups, 1):
         lines += _edge(edge)
         kind = f"{_span(group.replicas)} kept in memory" if group.replicas else "tasks, as many as there is room for"

@@ -3,6 +3,7 @@
 import pytest
 
 import headrace as hr
+from headrace.columns import type_of
 from headrace.errors import HardwareError, WiringError
 from headrace.hardware import Cluster, Node
 from headrace.plan import explain, resolve
@@ -134,7 +135,8 @@ def test_explain():
         "   ▼\n"
         "sink"
     )
-    assert "cluster" not in explain(resolve(hr.Pipeline("p", A), BOTH), cluster=False)
+    kept = explain(resolve(hr.Pipeline("p", A), BOTH, keep=["id"]), types={"id": type_of(int)})
+    assert "id: int" in kept and "id: any" not in kept
 
 
 @pytest.mark.parametrize(("replicas", "text"), [(1, "1 replica kept"), (3, "3 replicas kept"), ((1, 3), "1 to 3 replicas kept")])

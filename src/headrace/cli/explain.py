@@ -10,6 +10,8 @@ import typer
 from headrace import plan
 from headrace.cli.loading import load
 from headrace.cli.options import Address, File, Keep, Set, names
+from headrace.columns import from_arrow
+from headrace.errors import SourceError
 from headrace.formats import Input
 from headrace.settings import override
 from headrace.sources import open_source, select
@@ -23,7 +25,9 @@ def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", add
     kept = names(keep)
     source = open_source(Input(input)) if input else None
     if kept == "all":
-        kept = tuple(source.schema.names) if source else ()
+        if source is None:
+            raise SourceError("--keep all needs to know the columns: give the --input, too, or name them: --keep a,b")
+        kept = tuple(source.schema.names)
     from headrace.on_ray.cluster import connected, here  # loads ray
 
     if address or os.environ.get("RAY_ADDRESS"):
@@ -31,7 +35,8 @@ def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", add
             resolved = plan.resolve(pipeline, cluster, keep=kept)
     else:
         resolved = plan.resolve(pipeline, here(), keep=kept)
-    print(plan.explain(resolved))
     if source:
         source = select(source, resolved.source, pipeline=pipeline.name)
+    print(plan.explain(resolved, types={field.name: from_arrow(field.type) for field in source.schema} if source else None))
+    if source:
         print(f"\ninput    {source.format}, {len(source.units)} units" + (f", {source.rows:,} rows" if source.rows is not None else ""))
