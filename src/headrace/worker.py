@@ -198,7 +198,7 @@ def _user_code(stage: Stage, what: str) -> Iterator[None]:
         yield
     except HeadraceError:
         raise
-    except Exception as error:  # the user's code may raise anything: this is its one boundary
+    except Exception as error:  # the user's code may raise anything: this is the boundary to it
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"/{_PACKAGE}/worker.py" not in frame.filename]
         lines = traceback.format_list(frames) + traceback.format_exception_only(error)
         raise StageError(f"stage {stage.name!r} {what}: {type(error).__name__}: {error}", stage.name, "".join(lines)) from error
