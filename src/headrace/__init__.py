@@ -25,7 +25,7 @@ from headrace.plan import Plan, explain, resolve
 from headrace.stage import Stage, stage
 
 if TYPE_CHECKING:
-    from headrace.on_ray.batch import run
+    from headrace.on_ray.job import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "run":  # loads ray, which takes half a second: only when it is asked for
-        from headrace.on_ray.batch import run
+        from headrace.on_ray.job import run
 
         return run
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -7,12 +7,18 @@
     │   └── PipelineFileError  the pipeline file cannot be loaded, or names no pipeline
     ├── HardwareError          no node has what a stage asks for
     ├── SourceError            the input cannot be found, read, or used by this pipeline
-    ├── OutputError            the output cannot be written, or belongs to something else
+    ├── OutputError            the output cannot take this run, or belongs to something else
+    │   ├── ChangedError       input, code or settings are not those that the output was begun with
+    │   ├── TakenOverError     another run holds the output
+    │   ├── StorageError       the output's file system refused: full, read-only or out of reach
+    │   └── LedgerError        the ledger of the output is damaged
     ├── StageError             a stage raised; carries the user's own frames
     │   └── ContractError      a stage returned something other than it declared
     └── RunError               the engine failed, or rows are missing at the end
+        ├── DeadLetterError    more rows failed than --max-dead-letters allows
+        └── StoppedError       the run was told to stop, and can be resumed
 
-A message says what is wrong, the value, what is allowed and the nearest fix.
+A message says what is wrong, the value, what is allowed and the nearest fix. `exit_code` is what the command ends with.
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from typing import Any
 
 class HeadraceError(Exception):
     """Something that the user of headrace can mend."""
+
+    exit_code = 2
 
 
 class DefinitionError(HeadraceError):
@@ -53,11 +61,37 @@ class SourceError(HeadraceError):
 
 
 class OutputError(HeadraceError):
-    """The output cannot be written, or belongs to something else."""
+    """The output cannot take this run, or belongs to something else."""
+
+
+class ChangedError(OutputError):
+    """Input, code or settings are not those that the output was begun with."""
+
+    exit_code = 4
+
+
+class TakenOverError(OutputError):
+    """Another run holds the output."""
+
+    exit_code = 5
+
+
+class StorageError(OutputError):
+    """The output's file system refused: full, read-only or out of reach."""
+
+    exit_code = 6
+
+
+class LedgerError(OutputError):
+    """The ledger of the output is damaged."""
+
+    exit_code = 6
 
 
 class StageError(HeadraceError):
     """A stage raised. `frames` is the user's part of the traceback, ready to print."""
+
+    exit_code = 1
 
     def __init__(self, message: str, stage: str = "", frames: str = "") -> None:
         super().__init__(message, stage, frames)  # all three in args, so that it survives pickling
@@ -75,6 +109,20 @@ class ContractError(StageError):
 
 class RunError(HeadraceError):
     """The engine failed, or rows are missing at the end."""
+
+    exit_code = 1
+
+
+class DeadLetterError(RunError):
+    """More rows failed than `--max-dead-letters` allows."""
+
+    exit_code = 3
+
+
+class StoppedError(RunError):
+    """The run was told to stop, and can be resumed."""
+
+    exit_code = 130  # as shells have it for Ctrl-C
 
 
 def check_number(value: Any, what: str, *, whole: bool = False, zero: bool = False) -> None:

@@ -28,10 +28,35 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class UnitRead(Event):
-    """All rows of an input unit were read and passed on."""
+    """An input unit was read to its end; `rows` is how many it has, where only reading could tell."""
 
     unit: int
+    rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLost(Event):
+    """An input unit cannot be read, or not to its end."""
+
+    unit: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessDied(Event):
+    """A process died while it did `work`, `deaths` times by now. It is tried again, with more care each time."""
+
+    work: str
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed(Event):
+    """Rows are done, or given up as dead letters, and stay so whatever happens. `causes` counts what failed, and why."""
+
     rows: int
+    dead: int
+    causes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +100,11 @@ class FileWritten(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunFinished(Event):
-    """A run ended with all rows accounted for."""
+    """A run ended with all rows accounted for: `rows_in` of the input are `rows_out` of the output and `dead` dead letters."""
 
     rows_in: int
     rows_out: int
+    dead: int
     wall_s: float
 
 

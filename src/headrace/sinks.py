@@ -1,33 +1,33 @@
 """Sinks: where the rows of a run end up. Parquet, JSON Lines, or a Delta table, on any file system.
 
-A data file appears under its final name only when it is complete. `finish` knows exactly which files belong to the run,
-removes every other data file (a writer that died after its write leaves one), and then puts down `_SUCCESS`.
+A file is written whole to the staging folder of its run. It counts once the ledger says so, and only then is it given its
+place in the output folder, so that whoever reads the folder sees committed rows and no others.
 """
 
 from __future__ import annotations
 
 import base64
 import datetime as dt
+import io
 import json
 import math
 import os
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
-from headrace.errors import OutputError, listing
-from headrace.events import FileWritten
+from headrace import ledger
+from headrace.errors import OutputError, StorageError, listing
 from headrace.filesystems import Place, locate
 from headrace.formats import OUTPUT_ENDINGS, Output
+from headrace.state import DataFile, State
+from headrace.store import Folder
 
 FILE_BYTES = 64 << 20  # of rows in memory; zstd makes of it a file of 20 to 60 MB
-RECORD = "_headrace"  # what headrace keeps beside the data; readers skip names that start with _
-SUCCESS = "_SUCCESS"
 _ROW_GROUP_BYTES = 16 << 20
 
 
@@ -37,6 +37,11 @@ class Sink:
 
     place: Place
     format: str
+
+    @property
+    def store(self) -> Folder:
+        """The folder with its files and its ledger."""
+        return Folder(self.place)
 
 
 def open_sink(output: Output) -> Sink:
@@ -50,90 +55,44 @@ def open_sink(output: Output) -> Sink:
     return Sink(locate(output.path, error=OutputError), output.format)
 
 
-def vacant(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
-    """Check, without touching anything, that the folder can take the rows of a new run.
+def inspect(sink: Sink, schema: pa.Schema) -> State | None:
+    """What the output's ledger knows; None for a folder that is not there or empty. Nothing is touched.
 
     Raises:
-        OutputError: the folder is not empty; says what is in it. Or it cannot be listed, or the format cannot hold a column.
+        OutputError: the folder holds something else, or the format cannot hold a column.
+        StorageError: it cannot be listed or read.
     """
-    place = sink.place
     if sink.format == "delta":
         _delta_schema(schema)
-    try:
-        held = [info.base_name for info in place.filesystem.get_file_info(fs.FileSelector(place.path, allow_not_found=True))]
-        if RECORD in held:
-            owner = json.loads(_read(place.child(f"{RECORD}/run.json")))["pipeline"]
-            state = "finished" if SUCCESS in held else "unfinished"
-            whose = "this pipeline" if owner == pipeline else f"another pipeline, {owner!r}"
-            raise OutputError(f"output {place.uri!r} holds the {state} run of {whose}; choose an empty folder, or remove this one first")
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot list {place.uri!r}: {error}") from error
-    if held:
-        raise OutputError(f"output {place.uri!r} is not empty: it holds {listing(sorted(held))}; choose an empty folder")
+    held = sink.store.names("")
+    state = ledger.load(sink.store) if ledger.HOME in held else None
+    if state is None and set(held) - {ledger.HOME}:
+        raise OutputError(f"output {sink.place.uri!r} holds no run of headrace: it has {listing(held)}; choose an empty folder")
+    return state
 
 
-def prepare(sink: Sink, schema: pa.Schema, *, pipeline: str) -> None:
-    """Make the folder, and note whose it is; the same checks and errors as `vacant`."""
-    vacant(sink, schema, pipeline=pipeline)
-    place = sink.place
-    try:
-        place.filesystem.create_dir(place.path, recursive=True)
-        put(place.child(f"{RECORD}/run.json"), json.dumps({"pipeline": pipeline, "format": sink.format}).encode())
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot write to {place.uri!r}: {error}") from error
+def write(sink: Sink, run: str, data: pa.Table, *, kind: str = "part") -> DataFile:
+    """Write a file of `run` with the rows of `data` into the staging folder. Dead letters (`kind="letters"`) are Parquet always."""
+    format = "parquet" if kind == "letters" else sink.format
+    content = _json_lines(data) if format == "jsonl" else _parquet(data)
+    name = ledger.new_name(run, kind, OUTPUT_ENDINGS[format])
+    sink.store.put(ledger.staged(name), content)
+    return DataFile(name, data.num_rows, len(content), time.time())
 
 
-def write(sink: Sink, tables: Sequence[pa.Table]) -> FileWritten:
-    """Write one data file with the rows of `tables`; complete under its name, or not there at all."""
-    data = pa.concat_tables(tables)
-    name = f"part-{uuid.uuid4().hex}{OUTPUT_ENDINGS[sink.format]}"
-    content = _json_lines(data) if sink.format == "jsonl" else _parquet(data)
-    try:
-        put(sink.place.child(name), content)
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot write {name} to {sink.place.uri!r}: {error}") from error
-    return FileWritten(name, data.num_rows, len(content))
+def merge(sink: Sink, run: str, files: Sequence[DataFile]) -> DataFile:
+    """One new file with the rows of several that are still staged."""
+    contents = [sink.store.read(ledger.staged(file.name)) for file in files]
+    if sink.format == "jsonl":
+        name = ledger.new_name(run, "part", OUTPUT_ENDINGS[sink.format])
+        sink.store.put(ledger.staged(name), b"".join(contents))
+        return DataFile(name, sum(file.rows for file in files), sum(map(len, contents)), time.time())
+    return write(sink, run, joined(pq.read_table(io.BytesIO(content)) for content in contents))
 
 
-def finish(sink: Sink, files: Sequence[FileWritten], schema: pa.Schema) -> None:
-    """Leave exactly `files`, commit them to the Delta table if it is one, and mark the run as a success."""
-    place = sink.place
-    try:
-        ours = {file.path for file in files}
-        for info in place.filesystem.get_file_info(fs.FileSelector(place.path)):
-            # With a dot before its name it is what a writer on a local disk was writing when it died.
-            if info.base_name.removeprefix(".").startswith("part-") and info.base_name not in ours:
-                place.filesystem.delete_file(info.path)
-        if sink.format == "delta":
-            _commit_delta(sink, files, schema)
-        put(place.child(SUCCESS), b"")
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot finish {place.uri!r}: {error}") from error
-
-
-def put(place: Place, content: bytes | pa.Buffer) -> None:
-    """Write a file whole: on a local disk under another name first, on an object store in one request."""
-    target = place.path
-    if place.is_local:
-        folder, name = os.path.split(target)
-        target = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}")
-    parent = os.path.dirname(place.path)
-    if place.is_local:
-        os.makedirs(parent, exist_ok=True)
-    try:
-        with place.filesystem.open_output_stream(target) as stream:
-            stream.write(content)
-        if place.is_local:
-            os.replace(target, place.path)
-    except OSError:
-        if place.is_local and os.path.exists(target):
-            os.unlink(target)
-        raise
-
-
-def _read(place: Place) -> bytes:
-    with place.filesystem.open_input_stream(place.path) as stream:
-        return bytes(stream.read())
+def joined(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables of the same columns as one; a column that nobody declared may be null in one and text in the next."""
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _parquet(data: pa.Table) -> pa.Buffer:
@@ -172,36 +131,39 @@ def _deltalake() -> Any:
     return deltalake
 
 
-def _commit_delta(sink: Sink, files: Sequence[FileWritten], schema: pa.Schema) -> None:
-    """Create the table and add all files in one commit, so that a reader sees the whole run or nothing."""
+def commit_delta(sink: Sink, files: Iterable[DataFile], schema: pa.Schema) -> None:
+    """Make the Delta table hold exactly `files`, in one commit of its log; a reader sees all of a run's rows or none.
+
+    Begun again after a crash it adds what is still missing. Delta counts a file once, however often it is added.
+    """
     deltalake = _deltalake()
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
     table = _delta_schema(schema)
     uri = sink.place.path if sink.place.is_local else sink.place.uri
-    actions = [
-        AddAction(
-            path=file.path,
-            size=file.bytes,
-            partition_values={},
-            modification_time=int(file.at_s * 1000),
-            data_change=True,
-            stats=json.dumps({"numRecords": file.rows}),
-        )
-        for file in files
-    ]
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else None
     try:
-        create_table_with_add_actions(
-            uri,
-            table,
-            actions,
-            mode="error",
-            partition_by=[],
-            storage_options={"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else None,
-        )
+        there = deltalake.DeltaTable(uri, storage_options=options) if deltalake.DeltaTable.is_deltatable(uri, options) else None
+        held = {path.rpartition("/")[2] for path in there.file_uris()} if there is not None else set()
+        actions = [
+            AddAction(
+                path=file.name,
+                size=file.bytes,
+                partition_values={},
+                modification_time=int(file.at_s * 1000),
+                data_change=True,
+                stats=json.dumps({"numRecords": file.rows}),
+            )
+            for file in files
+            if file.name not in held
+        ]
+        if there is None:
+            create_table_with_add_actions(uri, table, actions, mode="error", partition_by=[], storage_options=options)
+        elif actions:
+            there.create_write_transaction(actions, mode="append", schema=table, partition_by=[])
     except deltalake.exceptions.DeltaError as error:
-        raise OutputError(f"cannot commit the Delta table {uri!r}: {error}") from error
+        raise StorageError(f"cannot commit the Delta table {uri!r}: {error}") from error
 
 
 def _delta_schema(schema: pa.Schema) -> Any:

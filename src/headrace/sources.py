@@ -1,14 +1,15 @@
 """Sources: find the input, check it against what a pipeline reads, and cut it into units.
 
-Parquet is cut by row group, with columns and `--where` pushed down; CSV and JSON Lines by file; a folder of images, which
-has the columns `path` and `image`, into runs of files. Nothing here knows an engine.
+Parquet is cut by row group, and a large one by rows, with columns and `--where` pushed down; CSV by file; JSON Lines by file,
+and a large one by bytes; a folder of images, which has the columns `path` and `image`, into runs of files. A file that cannot
+be read is a unit without rows, as long as others can be. Nothing here knows an engine.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -23,12 +24,15 @@ from headrace.columns import ANY, ColumnType, accepts, from_arrow
 from headrace.errors import SourceError, listing, nearest
 from headrace.filesystems import Place, find, locate
 from headrace.formats import INPUT_ENDINGS, Input
-from headrace.readers import naming, read, text_tables
-from headrace.units import Source, Unit, plain
+from headrace.readers import naming, read
+from headrace.texts import UNSURE, WRONG, text_tables
+from headrace.units import UNIT_ROWS, Source, Unit, plain
 
 _IMAGE_SCHEMA = pa.schema({"path": pa.string(), "image": pa.binary()})
 _NO_NUMBER = r"^[+-]?(0[0-9]|[0-9]{19,}$)"  # as a number, 007 would lose its zeros, and an id of twenty digits its end
 _IMAGES_PER_UNIT = 64
+_CUT_BYTES = 64 << 20  # a larger file of JSON Lines becomes several units
+_OURS = "__headrace_"  # what the names of hidden columns start with
 _OPENING_THREADS = 32  # opening files is all waiting
 
 
@@ -36,7 +40,7 @@ def open_source(wanted: Input) -> Source:
     """Find the files, read their footers or first lines, and cut them into units.
 
     Raises:
-        SourceError: nothing matches, formats are mixed, a file cannot be read, or the schemas differ.
+        SourceError: nothing matches, formats are mixed, no file can be read, or the schemas differ.
     """
     uris, format = wanted.uris, wanted.format
     if not uris:
@@ -91,31 +95,45 @@ def _modified(info: fs.FileInfo) -> int:
 def _open_parquet(place: Place, files: list[fs.FileInfo]) -> Source:
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         footers = list(pool.map(lambda info: _footer(place, info.path), files))
-    schema = footers[0].schema.to_arrow_schema()
+    first, schema = next(((info.path, footer[1]) for info, footer in zip(files, footers, strict=True) if not isinstance(footer, str)), (None, None))
+    if first is None:
+        raise SourceError(_all_unreadable([footer for footer in footers if isinstance(footer, str)]))
     units: list[Unit] = []
     nulls: Counter[str] = Counter()
-    heaviest = total = 1
+    unreadable: dict[int, str] = {}
+    heaviest = total = rows = 1
     for info, footer in zip(files, footers, strict=True):
-        schema = _merged(schema, footer.schema.to_arrow_schema(), files[0].path, info.path)
-        for number in range(footer.num_row_groups):
-            group = footer.row_group(number)
+        if isinstance(footer, str):
+            unreadable[len(units)] = footer
+            units.append(Unit(len(units), (info.path,), None, 0, None, info.size, _modified(info)))
+            continue
+        schema = _merged(schema, footer[1], first, info.path)
+        for number in range(footer[0].num_row_groups):
+            group = footer[0].row_group(number)
             if not group.num_rows:
                 continue
             heaviest = max(heaviest, group.total_byte_size // group.num_rows)
             total += group.total_byte_size
+            rows += group.num_rows
             for column in map(group.column, range(group.num_columns)):
                 nulls[column.path_in_schema] += (column.statistics and column.statistics.null_count) or 0
-            units.append(Unit(len(units), (info.path,), number, group.num_rows, info.size, _modified(info)))
-    return Source(
-        place, "parquet", schema, tuple(units), row_bytes=total // max(1, sum(unit.rows or 0 for unit in units)), heaviest_bytes=heaviest, nulls=nulls
-    )
+            for start in range(0, group.num_rows, UNIT_ROWS):
+                count = min(UNIT_ROWS, group.num_rows - start)
+                units.append(Unit(len(units), (info.path,), number, start, count, info.size, _modified(info)))
+    return Source(place, "parquet", schema, tuple(units), row_bytes=max(1, total // rows), heaviest_bytes=heaviest, nulls=nulls, unreadable=unreadable)
 
 
-def _footer(place: Place, path: str) -> pq.FileMetaData:
+def _footer(place: Place, path: str) -> tuple[pq.FileMetaData, pa.Schema] | str:
+    """A file's description of itself, or why there is none."""
     try:
-        return pq.read_metadata(path, filesystem=place.filesystem)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"cannot read the Parquet file {path!r}: {error}") from error
+        footer = pq.read_metadata(path, filesystem=place.filesystem)
+        return footer, footer.schema.to_arrow_schema()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return f"cannot read the Parquet file {path!r}: {error}"
+
+
+def _all_unreadable(messages: Sequence[str]) -> str:
+    return messages[0] + (f"; nor can any of the {len(messages) - 1} other files be read" if len(messages) > 1 else "")
 
 
 def _merged(schema: pa.Schema, other: pa.Schema, first: str, path: str, *, text: str = "") -> pa.Schema:
@@ -147,35 +165,56 @@ def _common(one: pa.DataType, other: pa.DataType, text: str) -> pa.DataType | No
 
 
 def _text_source(place: Place, files: list[fs.FileInfo], kind: str) -> Source:
-    units = [Unit(number, (info.path,), None, None, info.size, _modified(info)) for number, info in enumerate(files)]
-    bare = Source(place, kind, pa.schema([]), tuple(units))
+    bare = Source(place, kind, pa.schema([]), ())
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         starts = list(pool.map(lambda info: _start(bare, info.path), files))
-    known = [(path, schema, weight) for info, start in zip(files, starts, strict=True) if start for path, (schema, weight) in [(info.path, start)]]
+    failed = [start for start in starts if isinstance(start, str)]
+    known = [(info.path, *start) for info, start in zip(files, starts, strict=True) if start and not isinstance(start, str)]
+    if not known and failed:
+        raise SourceError(_all_unreadable(failed))
     if not known:
         raise SourceError(f"the input has no rows: {files[0].path!r}" + (f" and {len(files) - 1} more files" if len(files) > 1 else ""))
     first, schema, _ = known[0]
     for path, other, _ in known[1:]:
         schema = _merged(schema, other, first, path, text=kind)
+    units: list[Unit] = []
+    unreadable: dict[int, str] = {}
+    for info, start in zip(files, starts, strict=True):
+        if isinstance(start, str):
+            unreadable[len(units)] = start
+        for span in [None] if isinstance(start, str) else _spans(info, kind):
+            units.append(Unit(len(units), (info.path,), None, 0, None, info.size, _modified(info), span))
     weights = [weight for _, _, weight in known]
-    return replace(bare, schema=schema, row_bytes=sum(weights) // len(weights), heaviest_bytes=max(weights))
+    mean, most = sum(weights) // len(weights), max(weights)
+    return replace(bare, schema=schema, units=tuple(units), row_bytes=mean, heaviest_bytes=most, unreadable=unreadable)
 
 
-def _start(bare: Source, path: str) -> tuple[pa.Schema, int] | None:
-    """The schema that a text file's first rows have, and the weight of one; None when it has no rows."""
-    with naming(path):
-        first = next(iter(text_tables(bare, path, {})), None)
-        if first is None:
-            return None
-        schema = first.schema
-        numbers = [field.name for field in schema if bare.format == "csv" and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type))]
-        if numbers:
-            as_text = replace(bare, schema=pa.schema([(name, pa.string()) for name in numbers]))
-            raw = next(iter(text_tables(as_text, path, dict.fromkeys(numbers, ANY))))
-            for name in numbers:
-                if pc.any(pc.match_substring_regex(raw[name], _NO_NUMBER)).as_py():
-                    schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
-    return schema, max(1, first.nbytes // max(1, first.num_rows))
+def _spans(info: fs.FileInfo, kind: str) -> list[tuple[int, int] | None]:
+    """The parts that a text file is cut into. CSV cannot be: whether a newline ends a row depends on all quotes before it."""
+    if kind != "jsonl" or info.size <= _CUT_BYTES or not info.path.lower().endswith((".jsonl", ".ndjson", ".json")):
+        return [None]
+    return [(start, min(start + _CUT_BYTES, info.size)) for start in range(0, info.size, _CUT_BYTES)]
+
+
+def _start(bare: Source, path: str) -> tuple[pa.Schema, int] | str | None:
+    """The schema of a text file's first rows, and the weight of one; None when it has no rows, or why they cannot be read."""
+    try:
+        with naming(path):
+            first = next(iter(text_tables(bare, path, {})), None)
+            if first is None:
+                return None
+            first = first.drop_columns([name for name in (WRONG, UNSURE) if name in first.column_names])
+            schema = first.schema
+            numbers = [field.name for field in schema if bare.format == "csv" and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type))]
+            if numbers:
+                as_text = replace(bare, schema=pa.schema([(name, pa.string()) for name in numbers]))
+                raw = next(iter(text_tables(as_text, path, dict.fromkeys(numbers, ANY))))
+                for name in numbers:
+                    if pc.any(pc.match_substring_regex(raw[name], _NO_NUMBER)).as_py():
+                        schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
+            return schema, max(1, first.nbytes // max(1, first.num_rows))
+    except SourceError as error:
+        return str(error)
 
 
 def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
@@ -183,7 +222,7 @@ def _open_images(place: Place, files: list[fs.FileInfo]) -> Source:
     for start in range(0, len(files), _IMAGES_PER_UNIT):
         run = files[start : start + _IMAGES_PER_UNIT]
         paths = tuple(info.path for info in run)
-        units.append(Unit(len(units), paths, None, len(paths), sum(info.size for info in run), max(map(_modified, run))))
+        units.append(Unit(len(units), paths, None, 0, len(paths), sum(info.size for info in run), max(map(_modified, run))))
     return Source(
         place, "images", _IMAGE_SCHEMA, tuple(units), row_bytes=sum(info.size for info in files) // len(files), heaviest_bytes=max(info.size for info in files)
     )
@@ -198,46 +237,59 @@ _OPENERS = {
 
 
 def _filtered(source: Source, where: str) -> Source:
-    """The source behind a filter: row groups whose statistics rule them out are dropped, other counts become unknown."""
+    """The source behind a filter: row groups whose statistics rule them out are dropped, of others each is one unit of unknown rows."""
     condition = filters.parse(where, source.schema)
+    _refuse_ours(condition.columns)
     units = source.units
     if source.format == "parquet":
         from pyarrow.dataset import ParquetFileFormat  # loads pandas where it is installed, and only a filter needs it
 
         layout = ParquetFileFormat()
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            paths = dict.fromkeys(unit.paths[0] for unit in units)
-            kept = pool.map(lambda path: _surviving(layout.make_fragment(path, source.place.filesystem), source.schema, condition), paths)
+            paths = dict.fromkeys(unit.paths[0] for unit in units if unit.id not in source.unreadable)
+            kept = pool.map(lambda path: _surviving(layout.make_fragment(path, source.place.filesystem), path, source.schema, condition), paths)
             alive = dict(zip(paths, kept, strict=True))
-        units = tuple(unit for unit in units if unit.row_group in alive[unit.paths[0]])
+        units = tuple(unit for unit in units if unit.id in source.unreadable or (unit.row_group in alive[unit.paths[0]] and unit.start == 0))
     return replace(source, where=condition, units=tuple(replace(unit, rows=None) for unit in units))
 
 
-def _surviving(fragment: Any, schema: pa.Schema, condition: filters.Filter) -> set[int]:
+def _refuse_ours(names: Iterable[str]) -> None:
+    if ours := [name for name in names if name.startswith(_OURS)]:
+        raise SourceError(f"the input has a column {ours[0]!r}; names that start with {_OURS} are headrace's own: rename it, or leave it out")
+
+
+def _surviving(fragment: Any, path: str, schema: pa.Schema, condition: filters.Filter) -> set[int]:
     """Row groups of a file that may hold a row for which `condition` is true, by their statistics."""
-    parts = fragment.split_by_row_group(filter=condition.expression, schema=schema)
-    return {group.id for part in parts for group in part.row_groups}
+    with naming(path):
+        parts = fragment.split_by_row_group(filter=condition.expression, schema=schema)
+        return {group.id for part in parts for group in part.row_groups}
 
 
 def _limited(source: Source, limit: int) -> Source:
     """The units that hold the first `limit` rows, the last one cut. Rows not counted yet are counted by reading."""
     left, units = limit, []
+    unreadable: dict[int, str] = {}
     for unit in source.units:
-        rows = unit.rows if unit.rows is not None else _count(source, unit, left)
+        rows = 0
+        try:
+            rows = unit.rows if unit.rows is not None else _count(source, unit, left)
+        except SourceError as error:  # of a file that cannot be read in the first place, too
+            unreadable[unit.id] = str(error)
+            units.append(unit)
         take = min(rows, left)
         if take:
-            units.append(replace(unit, rows=take, limit=take))
+            units.append(replace(unit, rows=take))
         left -= take
         if not left:
             break
-    return replace(source, units=tuple(units))
+    return replace(source, units=tuple(units), unreadable=unreadable)
 
 
 def _count(source: Source, unit: Unit, enough: int) -> int:
     """Rows of a unit behind the source's filter, counted only up to `enough`."""
     counted = 0
     narrow = source.where.columns if source.where else source.schema.names[:1]
-    for part in read(source, unit, dict.fromkeys(narrow, ANY), block_rows=8192):
+    for part in read(source, [(unit, [(0, None)])], dict.fromkeys(narrow, ANY), block_rows=8192):
         counted += part.num_rows
         if counted >= enough:
             break
@@ -269,6 +321,7 @@ def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, w
         SourceError: names the column, what the pipeline wants, what there is, and the nearest name.
     """
     names = source.schema.names
+    _refuse_ours(wanted)
     for name, column in wanted.items():
         if name not in names:
             raise SourceError(f"pipeline {pipeline!r} reads column {name!r}, which the input lacks; it has {listing(names)}" + nearest(name, names))
@@ -293,6 +346,7 @@ def select(source: Source, wanted: Mapping[str, ColumnType], *, pipeline: str, w
         source = _filtered(source, where)
     if limit is not None:
         source = _limited(source, limit)
-    if not source.units:
-        raise SourceError("the input has no rows" + (f" for which --where {where!r} holds" if where else ""))
+    if all(unit.id in source.unreadable for unit in source.units):
+        lost = next(iter(source.unreadable.values()), None)
+        raise SourceError("the input has no rows" + (f" for which --where {where!r} holds" if where else "") + (f"; {lost}" if lost else ""))
     return source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
-from headrace import readers
+from headrace import sources, texts
 from headrace.columns import type_of
 from headrace.errors import SourceError
 from headrace.formats import Input
+from headrace.lineage import FAULT, HIDDEN, Fault
 from headrace.readers import read
 from headrace.sources import open_source, select
 
@@ -25,7 +27,9 @@ from headrace.sources import open_source, select
 def rows_of(source: Any, wanted: dict[str, Any], *, block_rows: int = 100) -> list[dict[str, Any]]:
     """All rows of all units, as a run would read them."""
     columns = {name: type_of(annotation) for name, annotation in wanted.items()}
-    return [row for unit in source.units for part in read(source, unit, columns, block_rows=block_rows) for row in part.to_pylist()]
+    parts = [part for unit in source.units for part in read(source, [(unit, [(0, None)])], columns, block_rows=block_rows)]
+    assert not [fault for part in parts for fault in part[FAULT].to_pylist() if fault]
+    return [row for part in parts for row in part.select(list(columns)).to_pylist()]
 
 
 def taken(input: Any, wanted: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -54,9 +58,9 @@ def test_parquet_is_cut_by_row_group(tmp_path: Path) -> None:
 def test_blocks_are_bounded_and_have_only_the_columns_wanted(tmp_path: Path) -> None:
     """No table that a reader gives has more rows than asked for, or other columns."""
     source = open_source(Input(str(numbers(tmp_path))))
-    parts = list(read(source, source.units[0], {"text": type_of(str)}, block_rows=3))
+    parts = list(read(source, [(source.units[0], [(0, None)])], {"text": type_of(str)}, block_rows=3))
     assert [part.num_rows for part in parts] == [3, 3, 3, 1]
-    assert {tuple(part.column_names) for part in parts} == {("text",)}
+    assert {tuple(part.column_names) for part in parts} == {("text", *HIDDEN)}
 
 
 @pytest.mark.parametrize(
@@ -198,8 +202,8 @@ def test_a_line_longer_than_a_block_of_the_parser(tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_line_too_long_for_any_block_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest block that is tried is the largest that the parser can hold; then the file is named."""
-    monkeypatch.setattr(readers, "_STREAM_BYTES", 1 << 10)
-    monkeypatch.setattr(readers, "_LONGEST_LINE_BYTES", 1 << 14)
+    monkeypatch.setattr(texts, "_STREAM_BYTES", 1 << 10)
+    monkeypatch.setattr(texts, "_LONGEST_LINE_BYTES", 1 << 14)
     folder = text_files(tmp_path / "in", kind, [{"text": "a"}, {"text": "x" * 100_000}])
     with pytest.raises(SourceError, match=rf"cannot read '.*0000\.{kind}'.*straddl"):
         taken(folder, {"text": str})
@@ -239,13 +243,15 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """Of a unit of many images, the message names the one that failed."""
-    for name in ("a.png", "b.png"):
-        write(tmp_path / name, b"x")
+    """Of a unit of many images only the one that failed is lost, and its fault names it."""
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name, name.encode())
     source = open_source(Input(str(tmp_path)))
     (tmp_path / "b.png").unlink()
-    with pytest.raises(SourceError, match=r"cannot read '.*b\.png'"):
-        rows_of(source, {"image": hr.Image})
+    parts = list(read(source, [(source.units[0], [(0, None)])], {"image": type_of(hr.Image)}, block_rows=10))
+    assert [part["image"][0].as_py() for part in parts] == [b"a.png", None, b"c.png"]
+    assert [part[FAULT].null_count for part in parts] == [1, 0, 1]
+    assert re.search(r"row 1: cannot read '.*b\.png'", Fault.from_json(parts[1][FAULT][0].as_py()).message)
 
 
 def kept_types() -> pa.Table:
@@ -270,7 +276,8 @@ def test_kept_columns_are_carried_as_they_are(tmp_path: Path) -> None:
     data = kept_types()
     pq.write_table(data, tmp_path / "x.parquet")
     source = select(open_source(Input(str(tmp_path))), dict.fromkeys(data.column_names, type_of(hr.Column)), pipeline="p")
-    (part,) = read(source, source.units[0], dict.fromkeys(data.column_names, type_of(hr.Column)), block_rows=10)
+    (part,) = read(source, [(source.units[0], [(0, None)])], dict.fromkeys(data.column_names, type_of(hr.Column)), block_rows=10)
+    part = part.drop_columns(list(HIDDEN))
     assert part.schema.equals(data.schema) and part.equals(data)
 
 
@@ -299,7 +306,7 @@ def test_files_may_differ_in_width_and_encoding(tmp_path: Path, one: pa.DataType
         value: Any = None if pa.types.is_null(kind) else "t" if "string" in str(kind) else 2**40 if kind == pa.int64() else 3
         pq.write_table(pa.table({"a": pa.array([value], kind)}), tmp_path / f"{name}.parquet")
     source = select(open_source(Input(str(tmp_path))), {"a": type_of(annotation)}, pipeline="p")
-    parts = [part for unit in source.units for part in read(source, unit, {"a": type_of(annotation)}, block_rows=5)]
+    parts = [part for unit in source.units for part in read(source, [(unit, [(0, None)])], {"a": type_of(annotation)}, block_rows=5)]
     assert pa.concat_tables(parts).num_rows == 2
 
 
@@ -360,8 +367,9 @@ def test_nulls_behind_a_filter_are_not_refused_early(tmp_path: Path) -> None:
     pq.write_table(table(a=["x", None]), tmp_path / "a.parquet")
     assert taken(tmp_path, {"a": str}, where="a is not None") == [{"a": "x"}]
     assert taken(tmp_path, {"a": str | None}) == [{"a": "x"}, {"a": None}]
-    with pytest.raises(SourceError, match=r"a\.parquet', row group 0, after row 0: column 'a' does not fit str: 1 nulls, the first in row 1"):
-        taken(tmp_path, {"a": str}, limit=2)
+    source = select(open_source(Input(str(tmp_path))), {"a": type_of(str)}, pipeline="p", limit=2)
+    (part,) = read(source, [(source.units[0], [(0, None)])], {"a": type_of(str)}, block_rows=10)
+    assert part[FAULT][0].as_py() is None and "a.parquet', row group 0, row 1: column 'a' does not fit str: a null; declare" in part[FAULT][1].as_py()
 
 
 @pytest.mark.parametrize(
@@ -396,3 +404,125 @@ def test_the_weight_of_a_row_is_that_of_the_heaviest_part(tmp_path: Path) -> Non
     data = table(text=["x"] * 99 + [np.random.default_rng(0).bytes(300_000).hex()])
     pq.write_table(data, tmp_path / "a.parquet", row_group_size=99, compression="none")
     assert open_source(Input(str(tmp_path))).heaviest_bytes >= 600_000
+
+
+def opened(path: Path, wanted: dict[str, Any], **options: Any) -> Any:
+    """The part of an input that a run with these options reads."""
+    return select(open_source(Input(str(path))), {name: type_of(annotation) for name, annotation in wanted.items()}, pipeline="p", **options)
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of at most 4 rows."""
+    monkeypatch.setattr(sources, "UNIT_ROWS", 4)
+
+
+def test_a_large_row_group_becomes_several_units(tmp_path: Path, small_units: None) -> None:
+    """Ranges of rows that adjoin and cover the row group; identities are the same in every run."""
+    numbers(tmp_path, files=2, rows=10)
+    source = opened(tmp_path, {"n": int})
+    assert [(unit.id, unit.row_group, unit.start, unit.rows) for unit in source.units[:4]] == [(0, 0, 0, 4), (1, 0, 4, 4), (2, 0, 8, 2), (3, 0, 0, 4)]
+    assert source.rows == 20 and [row["n"] for row in rows_of(source, {"n": int}, block_rows=3)] == list(range(20))
+    assert [unit.key for unit in source.units] == [unit.key for unit in opened(tmp_path, {"n": int}).units]
+    assert len({unit.key for unit in source.units}) == 6
+
+
+def test_behind_a_filter_a_row_group_is_one_unit(tmp_path: Path, small_units: None) -> None:
+    """Where rows come to lie behind a filter is only known from the row group's first row on."""
+    source = opened(numbers(tmp_path, files=2, rows=10), {"n": int}, where="even")
+    assert [(unit.start, unit.rows) for unit in source.units] == [(0, None)] * 2
+    assert [row["n"] for row in rows_of(source, {"n": int})] == list(range(0, 20, 2))
+
+
+@pytest.mark.parametrize("where", [None, "even"])
+@pytest.mark.parametrize("limit", [1, 3, 4, 5, 7, 12])
+def test_a_limit_cuts_the_last_unit(tmp_path: Path, small_units: None, limit: int, where: str | None) -> None:
+    """By its rows; the units after it are gone."""
+    source = opened(numbers(tmp_path, files=2, rows=10), {"n": int}, where=where, limit=limit)
+    expected = [n for n in range(20) if where is None or n % 2 == 0][:limit]
+    assert [row["n"] for row in rows_of(source, {"n": int})] == expected
+    assert source.rows == sum(unit.rows for unit in source.units) == len(expected)
+
+
+BROKEN = {"empty": b"", "garbage": b"not parquet at all", "cut": None, "flipped": None}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_parquet_file_without_a_footer_is_a_unit_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    """The others are read; alone it is refused."""
+    numbers(tmp_path, files=3, rows=10)
+    whole = (tmp_path / "1.parquet").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-8:-4] = b"\xff\xff\xff\x7f"  # the length of the footer
+    write(tmp_path / "0.parquet", {"cut": whole[: len(whole) // 2], "flipped": bytes(flipped)}.get(kind, BROKEN[kind]))  # also first of all
+    source = opened(tmp_path, {"n": int})
+    assert list(source.unreadable) == [0] and (source.units[0].row_group, source.units[0].rows, len(source.units)) == (None, None, 3)
+    assert source.rows == 20
+    with pytest.raises(SourceError, match=r"cannot read the Parquet file '.*0\.parquet'"):
+        list(read(source, [(source.units[0], [(0, None)])], {"n": type_of(int)}, block_rows=10))
+    filtered = opened(tmp_path, {"n": int}, where="n >= 20")
+    assert [unit.id for unit in filtered.units] == [0, 2] and filtered.rows is None and list(filtered.unreadable) == [0]
+    limited = opened(tmp_path, {"n": int}, limit=15)
+    assert [unit.rows for unit in limited.units] == [None, 10, 5] and limited.rows == 15
+    with pytest.raises(SourceError, match=r"has no rows for which --where 'n > 99' holds; cannot read the Parquet file"):
+        opened(tmp_path, {"n": int}, where="n > 99")
+    with pytest.raises(SourceError, match=r"cannot read the Parquet file '.*0\.parquet'"):
+        open_source(Input(str(tmp_path / "0.parquet")))
+    for name in ("1", "2"):
+        write(tmp_path / f"{name}.parquet", b"x")
+    with pytest.raises(SourceError, match=r"cannot read the Parquet file '.*0\.parquet'.*; nor can any of the 2 other files"):
+        open_source(Input(str(tmp_path)))
+
+
+def test_another_schema_is_a_mistake_beside_a_broken_file(tmp_path: Path) -> None:
+    """A file that can be read must fit the others."""
+    write(tmp_path / "0.parquet", b"")
+    pq.write_table(table(a=[1]), tmp_path / "1.parquet")
+    pq.write_table(table(b=[1]), tmp_path / "2.parquet")
+    with pytest.raises(SourceError, match=r"2\.parquet' has no column 'a', which '.*1\.parquet' has"):
+        open_source(Input(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "good", "message"),
+    [
+        ("jsonl", b"garbage\x00\xff\n{{{\n", b'{"a": 1}\n', "JSON parse error"),
+        ("jsonl", b"null\n", b'{"a": 1}\n', "null, where an object"),
+        ("csv.gz", gzip.compress(b"a\n1\n")[:12], gzip.compress(b"a\n1\n"), ""),
+        ("jsonl.gz", b"not gzip", gzip.compress(b'{"a": 1}\n'), ""),
+    ],
+)
+def test_a_text_file_that_cannot_be_opened_is_a_unit_that_cannot_be_read(tmp_path: Path, name: str, broken: bytes, good: bytes, message: str) -> None:
+    """As with Parquet."""
+    write(tmp_path / f"0.{name}", broken)
+    write(tmp_path / f"1.{name}", good)
+    source = opened(tmp_path, {"a": int})
+    assert list(source.unreadable) == [0] and re.search(rf"cannot read '.*0\.{name}': .*{message}", source.unreadable[0])
+    assert opened(tmp_path, {"a": int}, limit=5).rows == 1
+    (tmp_path / f"1.{name}").unlink()
+    with pytest.raises(SourceError, match=rf"cannot read '.*0\.{name}'"):
+        open_source(Input(str(tmp_path)))
+
+
+def test_names_of_hidden_columns_are_refused(tmp_path: Path) -> None:
+    """An input with such a column can be read, but not that column."""
+    pq.write_table(table(a=[1], __headrace_row=[1]), tmp_path / "a.parquet")
+    assert taken(tmp_path, {"a": int}) == [{"a": 1}]
+    with pytest.raises(SourceError, match="has a column '__headrace_row'; names that start with __headrace_ are headrace's own"):
+        opened(tmp_path, {"a": int, "__headrace_row": int})
+    with pytest.raises(SourceError, match="names that start with __headrace_"):
+        opened(tmp_path, {"a": int}, where="__headrace_row > 0")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 10, 64, 1000])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_large_json_lines_file_is_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, end: str) -> None:
+    """Wherever the cuts fall, every line is in one unit."""
+    lines = [json.dumps({"n": n, "text": "x" * (n % 7)}) for n in range(40)]
+    write(tmp_path / "a.jsonl", "\n".join(lines) + end)
+    monkeypatch.setattr(sources, "_CUT_BYTES", cut)
+    monkeypatch.setattr(texts, "_STREAM_BYTES", 50)
+    source = opened(tmp_path, {"n": int})
+    assert len(source.units) == -(-(tmp_path / "a.jsonl").stat().st_size // cut) and len({unit.key for unit in source.units}) == len(source.units)
+    assert [row["n"] for row in rows_of(source, {"n": int})] == list(range(40))
+    assert [row["n"] for row in rows_of(opened(tmp_path, {"n": int}, where="n > 5", limit=9), {"n": int})] == list(range(6, 15))

@@ -1,6 +1,7 @@
 """Workers: a group's stages over a block, and what is said when a stage breaks its word."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +10,9 @@ import pytest
 import headrace as hr
 from headrace.errors import ContractError, HeadraceError, StageError, WiringError
 from headrace.events import BlockDone, BudgetHalved
+from headrace.lineage import FAULT, HIDDEN, Fault, trace
 from headrace.stage import Stage
-from headrace.worker import Worker, measure, set_up
+from headrace.worker import DEATHS, Worker, measure, set_up
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True])
 
@@ -249,3 +251,447 @@ def test_slices_done_before_an_error_are_not_run_again(overlap):
 
     assert run(stage_of(body, batch=2), list("abcdef"), overlap=overlap) == list("abcdef")
     assert calls == [["a", "b"], ["c", "d"], ["c"], ["d"], ["e"], ["f"]]
+
+
+# ---- Isolating: a block with the column FAULT
+
+
+def traced(values, faults=None):
+    """A block of `x` as a batch job has it."""
+    return trace(pa.table({"x": pa.array(values, pa.string())}), 3, np.arange(10, 10 + len(values)), faults)
+
+
+def faults_of(data):
+    """Row of the block -> its fault."""
+    return {row: Fault.from_json(text) for row, text in enumerate(data[FAULT].to_pylist()) if text is not None}
+
+
+def picky(bad=("bad",), answer=None):
+    """A stage body that upper-cases; for slices with a value in `bad` it raises, or returns `answer`. And the slices of all its calls."""
+    calls = []
+
+    def body(x):
+        calls.append(list(x))
+        if not set(bad) & set(x):
+            return {"y": [value.upper() for value in x]}
+        if answer is None:
+            raise ValueError("cannot read " + ", ".join(sorted(set(bad) & set(x))))
+        return answer(x)
+
+    return body, calls
+
+
+@hr.stage(out={"y": hr.Vector(3)}, batch=4)
+class Picky:
+    def __call__(self, x: hr.Column[str]):
+        if "bad" in list(x):
+            raise KeyError("bad")
+        return {"y": np.ones((len(x), 3), "f4")}
+
+
+BAD_ROWS = pytest.mark.parametrize("bad", [[], [0], [9], [5], [2, 3], [0, 4, 9], list(range(10))], ids=str)
+
+
+@OVERLAP
+@BAD_ROWS
+@pytest.mark.parametrize("rule", [hr.rows(1), hr.rows(4), hr.rows(100), hr.tokens(3, of="x"), hr.tokens(100, of="x", bytes_per_token=1)], ids=str)
+def test_rows_that_raise_are_isolated(bad, rule, overlap):
+    """They get a fault that tells what the user needs, and no value; all other rows are as if they had not been there."""
+    values = ["bad" if row in bad else "a" * row for row in range(10)]
+    body, calls = picky()
+    data = Worker([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
+    found = faults_of(data)
+    assert list(found) == bad
+    assert data["y"].to_pylist() == [None if row in bad else "A" * row for row in range(10)]
+    assert data.drop(["y", FAULT]) == traced(values).drop([FAULT])
+    assert all((fault.stage, fault.error, fault.message) == ("probe", "ValueError", "cannot read bad") for fault in found.values())
+    assert all(
+        "in body" in fault.frames and "ValueError: cannot read bad" in fault.frames and "headrace/worker.py" not in fault.frames for fault in found.values()
+    )
+    assert sum(fault.attempts for fault in found.values()) == sum(call.count("bad") for call in calls)
+
+
+@OVERLAP
+@BAD_ROWS
+def test_a_models_vectors_are_null_where_it_failed(bad, overlap):
+    """Vectors of fixed size keep their type, also where no row is left."""
+    data = Worker([Stage.of(Picky())], overlap=overlap)(traced(["bad" if row in bad else "a" for row in range(10)]))
+    data.validate(full=True)
+    assert data["y"].type == pa.list_(pa.float32(), 3)
+    assert data["y"].to_pylist() == [None if row in bad else [1, 1, 1] for row in range(10)]
+    assert {(fault.stage, fault.error, fault.message) for fault in faults_of(data).values()} <= {("picky", "KeyError", "'bad'")}
+
+
+@OVERLAP
+def test_a_slice_that_fails_is_halved(overlap):
+    """Only the halves with the bad row are called again; the row counts every call that it took part in."""
+    body, calls = picky()
+    data = Worker([stage_of(body, batch=8)], overlap=overlap)(traced([*"abcd", "bad", *"fgh"]))
+    assert calls == [[*"abcd", "bad", *"fgh"], [*"abcd"], ["bad", *"fgh"], ["bad", "f"], ["g", "h"], ["bad"], ["f"]]
+    assert faults_of(data)[4].attempts == 4
+
+
+@OVERLAP
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: {"y": ["a"] * (len(x) + 1)}, "2 values for 1 rows"),
+        (lambda x: {"z": list(x)}, "did not return 'y'"),
+        (lambda x: {"y": list(x), "z": list(x)}, "does not declare"),
+        (list, "returned list"),
+        (lambda x: {"y": [5] * len(x)}, "a value of Python type int; expected str"),
+        (lambda x: {"y": [float("nan") if value == "bad" else value for value in x]}, "float; expected str"),
+        (lambda x: {"y": [None if value == "bad" else value for value in x]}, "1 nulls"),
+    ],
+)
+def test_rows_with_a_wrong_result_are_isolated(answer, message, overlap):
+    """The fault goes to the row whose result is wrong, though it shows only while the next slice runs; and no good slice runs twice."""
+    body, calls = picky(answer=answer)
+    values = ["a", "b", "bad", "c", "d", "bad", "e", "f", "bad"]
+    data = Worker([stage_of(body, batch=2)], overlap=overlap)(traced(values))
+    found = faults_of(data)
+    assert list(found) == [2, 5, 8]
+    assert all(fault.error == "ContractError" and message in fault.message and not fault.frames for fault in found.values())
+    assert data["y"].to_pylist() == [None if value == "bad" else value.upper() for value in values]
+    assert Counter(map(tuple, calls)) == {("a", "b"): 1, ("bad", "c"): 1, ("d", "bad"): 1, ("e", "f"): 1, ("bad",): 3, ("c",): 1, ("d",): 1}
+
+
+@OVERLAP
+def test_a_failure_that_no_row_has_alone_is_no_fault(overlap):
+    """What fails only in company is done in parts."""
+    body, calls = choking(ValueError("one at a time, please"), 1)
+    data = Worker([stage_of(body, batch=4)], overlap=overlap)(traced(list("abcdef")))
+    assert (data["y"].to_pylist(), faults_of(data)) == (list("abcdef"), {})
+    assert sorted(calls) == [1] * 6 + [2] * 3 + [4]
+
+
+@OVERLAP
+def test_rows_at_fault_skip_the_further_stages(overlap):
+    """Neither a row that failed before the block nor one that fails in it is shown to a later stage, and their first fault stays."""
+    earlier = Fault("reader", "ArrowInvalid", "no JSON")
+    first, _ = picky()
+    upper, calls = picky(["E"])
+
+    def second(y: hr.Column[str]):
+        return {"z": [len(value) for value in upper(y)["y"]]}
+
+    stages = [stage_of(first, batch=hr.tokens(2, of="x"), name="first"), Stage.of(hr.stage(out={"z": int}, batch=2)(second))]
+    data = traced(["a", "bad", "failed earlier", "d", "e"], pa.array([None, None, earlier.to_json(), None, None], pa.string()))
+    seen = []
+    data = Worker(stages, overlap=overlap, emit=seen.append)(data)
+    found = faults_of(data)
+    assert {row: (fault.stage, fault.error) for row, fault in found.items()} == {
+        1: ("first", "ValueError"),
+        2: ("reader", "ArrowInvalid"),
+        4: ("second", "ValueError"),
+    }
+    assert found[2] == earlier
+    assert {value for call in calls for value in call} == {"A", "D", "E"}
+    assert data["y"].to_pylist() == ["A", None, None, "D", "E"]
+    assert data.select(["z"]).to_pydict() == {"z": [1, None, None, 1, None]}
+    assert data.schema.field("z").type == pa.int64()
+    assert [(event.rows, event.tokens) for event in seen] == [(5, 4 + 3)]
+    assert seen[0].padded_tokens >= seen[0].tokens
+
+
+def test_a_block_of_faults_makes_no_call():
+    """Its columns are there, null, and of the types declared."""
+    types = {"y": hr.Vector(3), "list": list[str], "ragged": hr.Vector(), "int": int, "maybe": str | None}
+
+    def probe(x: hr.Column[str]):
+        raise AssertionError
+
+    faults = pa.array([Fault("reader", "E", "m").to_json()] * 2, pa.string())
+    for batch in (2, hr.tokens(4, of="x")):
+        stage = Stage.of(hr.stage(out=types, batch=batch)(probe))
+        data = Worker([stage, stage])(traced([None, None], faults))
+        data.validate(full=True)
+        assert {name: data.schema.field(name).type for name in types} == {name: column.arrow for name, column in stage.writes.items()}
+        assert all(data[name].null_count == 2 for name in types)
+        assert data[FAULT].combine_chunks() == faults
+
+
+@OVERLAP
+@pytest.mark.parametrize("rule", [hr.rows(3), hr.tokens(4, of="x")], ids=str)
+def test_without_a_fault_isolating_changes_nothing(rule, overlap):
+    """The table is that of a run that does not isolate, and nothing of the block is copied."""
+    stages = [stage_of(lambda x: {"y": [value * 2 for value in x]}, batch=rule)]
+    data = traced([str(row) * row for row in range(8)])
+    plain = Worker(stages, overlap=overlap)(data.drop(list(HIDDEN)))
+    isolated = Worker(stages, overlap=overlap)(data)
+    assert isolated.select(plain.column_names) == plain
+    assert isolated.select(HIDDEN) == data.select(HIDDEN)
+    for name in data.column_names:
+        before, after = ([buffer and buffer.address for buffer in table[name].chunk(0).buffers()] for table in (data, isolated))
+        assert before == after
+
+
+@pytest.mark.parametrize(("carries", "names"), [(["y"], ["y", *HIDDEN]), (["x", FAULT], ["x", FAULT, *HIDDEN[:2]]), ([], [*HIDDEN])])
+def test_the_lineage_is_carried(carries, names):
+    """Hidden columns leave the group, whether or not anybody asked for them."""
+    assert Worker([stage_of(lambda x: {"y": x})])(traced(["a"]), carries).column_names == names
+
+
+def test_what_is_no_rows_fault_is_raised():
+    """A model that cannot be set up, wiring, and what the user is to mend end an isolating run too."""
+
+    def refusing(x):
+        raise HeadraceError("bring a bigger wheel")
+
+    with pytest.raises(StageError, match="setup failed"):
+        Worker([Stage.of(Model(fails=True))])
+    with pytest.raises(HeadraceError, match=r"^bring a bigger wheel$"):
+        Worker([stage_of(refusing)])(traced(["a"]))
+    with pytest.raises(WiringError, match=r"hr.tokens cannot measure 'x'"):
+        Worker([stage_of(refusing, reads=hr.Column, batch=hr.tokens(8, of="x"))])(trace(pa.table({"x": [1]}), 0, np.arange(1)))
+
+
+def test_a_fault_is_of_bounded_size_and_valid_text():
+    """Beginning and end of a long message are kept, and what UTF-8 cannot hold is spelled out: it goes to a Parquet file."""
+
+    def shouting(x):
+        raise ValueError("from" + "\ud800" * 50_000 + "to")
+
+    (fault,) = faults_of(Worker([stage_of(shouting)])(traced(["a"]))).values()
+    assert fault.message.startswith("from\\ud800") and fault.message.endswith("to") and " ... " in fault.message
+    assert "in shouting" in fault.frames
+    assert len(fault.message) < 6 * 2_100 and len(fault.frames) < 6 * 8_100
+    fault.message.encode()
+
+
+class PanicException(BaseException):
+    """Named as libraries written in Rust name theirs, which are no Exceptions."""
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_panic_is_a_failure_like_any_other(isolate):
+    """A library in Rust that fails on a row leaves the process alive."""
+
+    def panicking(x):
+        if "bad" in x:
+            raise PanicException("index out of bounds")
+        return {"y": x}
+
+    data = traced(["a", "bad", "b"])
+    if isolate:
+        (fault,) = faults_of(Worker([stage_of(panicking)])(data)).values()
+        assert (fault.error, fault.message) == ("PanicException", "index out of bounds")
+    else:
+        with pytest.raises(StageError, match="PanicException: index out of bounds"):
+            Worker([stage_of(panicking)])(data.drop([FAULT]))
+
+
+# ---- Isolating and accelerators out of memory
+
+
+@OVERLAP
+@pytest.mark.parametrize(("rule", "sizes", "divisors"), [(hr.rows(8), [8, 4, 2, 2, 2, 2], [2, 4]), (hr.tokens(8, of="x"), [8, 4, 2, 2, 2, 2], [2, 4])])
+def test_out_of_memory_still_halves_the_budget(rule, sizes, divisors, overlap):
+    """It is no row's fault as long as there are rows to take away."""
+    body, calls = choking(OutOfMemoryError(), 2)
+    seen = []
+    data = Worker([stage_of(body, batch=rule)], overlap=overlap, emit=seen.append)(traced(list("abcdefgh")))
+    assert (data["y"].to_pylist(), faults_of(data), calls) == (list("abcdefgh"), {}, sizes)
+    assert [event.divisor for event in seen if isinstance(event, BudgetHalved)] == divisors
+
+
+@OVERLAP
+def test_a_row_too_large_alone_is_at_fault(overlap):
+    """Out of memory at a single row is that row's fault, after as many attempts as it had."""
+
+    def body(x):
+        if "huge" in x:
+            raise OutOfMemoryError("9 GiB")
+        return {"y": list(x)}
+
+    data = Worker([stage_of(body, batch=4)], overlap=overlap)(traced(["a", "b", "huge", "c", "d"]))
+    assert faults_of(data)[2] == Fault("probe", "OutOfMemoryError", "9 GiB", faults_of(data)[2].frames, attempts=3)
+    assert data["y"].to_pylist() == ["a", "b", None, "c", "d"]
+
+
+@OVERLAP
+@pytest.mark.parametrize("rule", [hr.rows(8), hr.tokens(64, of="x", bytes_per_token=1), hr.tokens(24, of="x", bytes_per_token=1)], ids=str)
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_out_of_memory_while_bisecting(rule, most, overlap):
+    """Both ways of cutting a slice smaller go together, whichever comes first."""
+
+    def body(x):
+        if len(x) > most and "d" in x:
+            raise OutOfMemoryError
+        if "bad" in x or "a very bad one" in x:
+            raise ValueError
+        if len(x) > most:
+            raise OutOfMemoryError
+        return {"y": list(x)}
+
+    values = ["a", "b", "bad", "d", "a very bad one", *"efghijklmnop", "bad", "r"]
+    data = Worker([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
+    assert list(faults_of(data)) == [2, 4, 17]
+    assert data["y"].to_pylist() == [None if "bad" in value else value for value in values]
+
+
+# ---- Rows that kill the process
+
+
+class Died(BaseException):
+    """Stands for the end of a process."""
+
+
+class Notes:
+    """A guard, and the world around the processes: at step `kill_at` of all that happens it kills one, whatever it does."""
+
+    def __init__(self, *, forgets=False, kill_at=()):
+        self.begun, self.log, self.dead, self.deaths = Counter(), [], False, 0
+        self.forgets, self.kill_at, self.step = forgets, kill_at, 0
+
+    def enter(self, key):
+        self.log.append(("enter", key))
+        self.begun[key] += 1
+        self.tick()
+        return self.begun[key] - 1
+
+    def leave(self, key):
+        if self.dead:
+            return  # nobody is left to say it
+        self.log.append(("leave", key))
+        self.tick()
+        self.begun[key] = 0 if self.forgets else self.begun[key] - 1
+
+    def tick(self):
+        self.step += 1
+        if self.step - 1 in self.kill_at:
+            self.die()
+
+    def die(self):
+        self.dead = True
+        self.deaths += 1
+        raise Died
+
+    def live(self, make, data):
+        """The block's result, by as many processes as it takes."""
+        for _ in range(60):
+            try:
+                return make(self)(data)
+            except Died:
+                self.dead = False
+        raise AssertionError("no end of deaths")
+
+
+def deadly(killers, *, batch=4, bad=(), overlap=False):
+    """Makes a worker of two stages, the second of which dies of the values in `killers`, and raises for those in `bad`."""
+
+    def make(notes):
+        def first(x: hr.Column[str]):
+            notes.tick()
+            return {"y": [value + "!" for value in x]}
+
+        def second(x: hr.Column[str], y: hr.Column[str]):
+            notes.tick()
+            if set(killers) & set(x):
+                notes.die()
+            if set(bad) & set(x):
+                raise ValueError
+            return {"z": [value.upper() for value in y]}
+
+        stages = [Stage.of(hr.stage(out={"y": str}, batch=3)(first)), Stage.of(hr.stage(out={"z": str}, batch=batch)(second))]
+        return Worker(stages, group="second", overlap=overlap, guard=notes)
+
+    return make
+
+
+def held(data, killers, bad=()):
+    """Exactly the killers died, exactly the bad failed, and all else is right."""
+    values, found = data["x"].to_pylist(), faults_of(data)
+    assert [values[row] for row, fault in found.items() if fault.error == "ProcessDied"] == [value for value in values if value in killers]
+    assert [values[row] for row, fault in found.items() if fault.error == "ValueError"] == [value for value in values if value in bad]
+    assert data["z"].to_pylist() == [None if value in {*killers, *bad} else value.upper() + "!" for value in values]
+    assert data["y"].to_pylist() == [value + "!" for value in values]
+
+
+KILLERS = pytest.mark.parametrize("killers", ["", "a", "c", "j", "ab", "cg", "acj", "abcd"])
+RULES = pytest.mark.parametrize("batch", [1, 4, 100, hr.tokens(3, of="x")], ids=str)
+FORGETS = pytest.mark.parametrize("forgets", [False, True])
+
+
+@OVERLAP
+@FORGETS
+@RULES
+@KILLERS
+def test_rows_that_kill_are_isolated(killers, batch, forgets, overlap):
+    """The block goes through after a bounded number of deaths, with a fault for each killer and for each bad row."""
+    notes = Notes(forgets=forgets)
+    data = notes.live(deadly(killers, batch=batch, bad="ei", overlap=overlap), traced(list("abcdefghij")))
+    held(data, killers, "ei")
+    assert notes.deaths <= (2 + 3 * len(killers) if killers else 0)
+    for fault in faults_of(data).values():
+        if fault.error == "ProcessDied":
+            assert (fault.stage, fault.frames) == ("second", "")
+            assert fault.message == "the process died 2 times while it ran this row alone (a crash, os._exit, or out of memory)"
+            assert fault.attempts >= DEATHS
+
+
+def test_the_lives_of_a_block_with_a_killer():
+    """Two deaths as ever, one to find the slice, two of the row alone; the slice is not called whole again."""
+    notes = Notes()
+    data = notes.live(deadly("b", batch=4), traced(list("abcdef")))
+    assert notes.deaths == 5
+    assert faults_of(data)[1].attempts == 1 + 2
+    entered = [key for what, key in notes.log if what == "enter"]
+    assert entered[:2] == ["block of second, rows 3:10 to 3:15, 6 in all"] * 2
+    assert Counter(entered)["call of second, rows 3:11 to 3:11, 1 in all"] == 3
+    assert Counter(entered)["block of second, rows 3:10 to 3:15, 6 in all"] == 6
+    held(notes.live(deadly("b", batch=4), traced(list("abcdef"))), "b")
+    assert notes.deaths == 5, "a block that is made once more knows its killers"
+
+
+@FORGETS
+@pytest.mark.parametrize("batch", [1, 2, hr.tokens(3, of="x")], ids=str)
+@pytest.mark.parametrize("killers", ["", "b"])
+def test_a_kill_from_outside_buries_no_row(killers, batch, forgets):
+    """Whenever it comes: it costs one more life, and no row."""
+    quiet = Notes(forgets=forgets)
+    quiet.live(deadly(killers, batch=batch, bad="e"), traced(list("abcde")))
+    for step in range(quiet.step + 1):
+        notes = Notes(forgets=forgets, kill_at={step})
+        held(notes.live(deadly(killers, batch=batch, bad="e"), traced(list("abcde"))), killers, "e")
+        assert notes.deaths <= quiet.deaths + 1
+
+
+@FORGETS
+def test_kills_from_outside_alone_bury_no_row(forgets):
+    """Three in a row, at any time, are not enough: two for the block, and two more for a row."""
+    for steps in itertools.combinations(range(14), 3):
+        notes = Notes(forgets=forgets, kill_at=steps)
+        held(notes.live(deadly("", batch=1), traced(list("ab"))), "")
+        assert notes.deaths <= 3
+
+
+def test_without_deaths_only_the_block_is_noted():
+    """Calls are not: the guard may be a network away."""
+    notes = Notes()
+    notes.live(deadly("", bad="c"), traced(list("abcdef")))
+    key = "block of second, rows 3:10 to 3:15, 6 in all"
+    assert notes.log == [("enter", key), ("leave", key)]
+
+
+@pytest.mark.parametrize("data", [traced([]), pa.table({"x": ["a"]})])
+def test_a_block_without_rows_or_faults_is_not_noted(data):
+    """There is nothing to isolate."""
+    notes = Notes()
+    notes.live(deadly(""), data)
+    assert not notes.log
+
+
+@pytest.mark.parametrize(
+    ("error", "deaths"), [(HeadraceError("mend it"), 0), (KeyboardInterrupt(), 0), (Died(), 0), (SystemExit(1), 1)], ids=lambda value: type(value).__name__
+)
+def test_an_exception_is_no_death(error, deaths):
+    """Only SystemExit ends a worker's process; whatever else is raised leaves the block."""
+    notes = Notes()
+
+    def body(x):
+        raise error
+
+    with pytest.raises(type(error)):
+        Worker([stage_of(body)], group="g", guard=notes)(traced(["a"]))
+    assert notes.begun == {"block of g, rows 3:10 to 3:10, 1 in all": deaths}

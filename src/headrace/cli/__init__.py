@@ -1,4 +1,16 @@
-"""The `headrace` command. Flags say where and when; what runs is in the Python file."""
+"""The `headrace` command. Flags say where and when; what runs is in the Python file.
+
+Exit codes:
+
+    0    done, or nothing to do
+    1    a stage's set-up or the engine failed
+    2    a mistake to mend before anything can run
+    3    more rows failed than --max-dead-letters allows
+    4    input, code or settings changed since the output was begun
+    5    another run holds the output
+    6    the output's file system refused (full, read-only, out of reach), or the ledger is damaged
+    130  told to stop, by Ctrl-C or SIGTERM; what was done is committed
+"""
 
 from __future__ import annotations
 
@@ -9,8 +21,9 @@ from rich.console import Console
 
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
+from headrace.cli.replay import replay
 from headrace.cli.run import run
-from headrace.errors import HeadraceError, RunError, StageError
+from headrace.errors import HeadraceError, StageError, StoppedError
 
 app = typer.Typer(
     name="headrace",
@@ -20,14 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(replay)
 app.command()(explain)
 app.command()(doctor)
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-
 
 def main() -> None:
-    """Run the command. Exit code 1: a stage or the run failed; 2: a mistake to mend before it can run; 130: Ctrl-C."""
+    """Run the command, and exit with the code that belongs to what happened."""
     try:
         app()
     except HeadraceError as error:
@@ -36,6 +48,6 @@ def main() -> None:
             console.print(error.frames, style="dim", markup=False, end="")
         console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False)
-        sys.exit(FAILED if isinstance(error, (StageError, RunError)) else MISTAKE)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(StoppedError.exit_code)

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
-from headrace.events import BlockDone, Event, ReplicaReady
+from headrace.events import BlockDone, Committed, Event, ProcessDied, ReplicaReady, UnitLost
 
 _PLAIN_EVERY_S = 5.0
 
@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.rows: dict[str, int] = {}
-        self.replicas = 0
+        self.replicas = self.committed = self.dead = 0
         self.started = self.printed = time.monotonic()
         self.status = Status("starting", console=self.console) if self.console.is_terminal and not quiet else None
 
@@ -39,9 +39,18 @@ class Progress:
             if isinstance(event, BlockDone):
                 self.rows[event.group] = self.rows.get(event.group, 0) + event.rows
             self.replicas += isinstance(event, ReplicaReady)
+            if isinstance(event, Committed):
+                self.committed += event.rows + event.dead
+                self.dead += event.dead
+            if isinstance(event, ProcessDied):
+                self.console.print(f"a process died in {event.work} ({event.deaths})", style="yellow", markup=False)
+            if isinstance(event, UnitLost):
+                self.console.print(f"unreadable: {event.why}", style="yellow", markup=False)
         now = time.monotonic()
         groups = ", ".join(f"{group} {rows:,}" for group, rows in self.rows.items())
         line = f"{now - self.started:5.0f} s  " + (groups + (f" of {total:,} rows" if total else " rows") if groups else "starting")
+        if self.committed:
+            line += f", {self.committed:,} committed" + (f", {self.dead:,} of them dead letters" if self.dead else "")
         if self.replicas:
             line += f"  ({self.replicas} replica{'s' * (self.replicas > 1)} ready)"
         if self.status:

@@ -10,21 +10,24 @@ from typing import Annotated
 import typer
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, File, Keep, Set, names
+from headrace.cli.options import Address, File, Keep, MaxDeadLetters, Quiet, Set, Verbose, names
 from headrace.cli.progress import Progress
+from headrace.errors import SettingError
 from headrace.formats import Input, Output
+from headrace.letters import Allowance
+from headrace.resume import Mode
 from headrace.settings import override
 
 In = Annotated[list[str], typer.Option("--input", "-i", metavar="PATH", help="A file, folder, glob or URI (s3://, gs://, ...); repeatable.")]
-Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist or is empty.")]
+Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist, is empty, or holds this job.")]
 Columns = Annotated[str, typer.Option(metavar="COLUMNS", help="Take the input to have only these columns: a,b,c.")]
 Where = Annotated[str | None, typer.Option(metavar="EXPR", help='Which rows to read, such as "stars >= 4 and city is not None".')]
 Limit = Annotated[int | None, typer.Option(help="Read only the first rows.")]
 Format = Annotated[str | None, typer.Option(help="Input format: parquet, csv, jsonl or images; told from the names by default.")]
 Sink = Annotated[str, typer.Option(help="Output format: parquet, jsonl or delta.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+AcceptChange = Annotated[bool, typer.Option("--accept-change", help="Go on although input, code or settings changed; rows that are done stay as they are.")]
 Submit = Annotated[str | None, typer.Option(metavar="URL", help="Run as a Ray job on the cluster with this dashboard, and follow it.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and the workers print.")]
 
 
 def run(
@@ -38,15 +41,22 @@ def run(
     limit: Limit = None,
     format: Format = None,
     sink: Sink = "parquet",
+    restart: Restart = False,
+    accept_change: AcceptChange = False,
+    max_dead_letters: MaxDeadLetters = "1%",
     address: Address = None,
     submit: Submit = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a pipeline over files, into files, as a streaming batch job on Ray."""
+    """Run a pipeline over files, into files, exactly once. The same command again goes on where it stopped."""
+    if restart and accept_change:
+        raise SettingError("--restart throws away what --accept-change would keep; give one of them")
+    allowance = Allowance.parse(max_dead_letters)
     pipeline = load(file)
     pipeline = override(pipeline, set_ or [])
-    folder = Path(file.partition("::")[0]).resolve().parent
+    path, separator, name = file.partition("::")
+    folder = Path(path).resolve().parent
     if submit:
         from headrace.on_ray.submit import submit as submit_job  # loads ray
 
@@ -54,12 +64,15 @@ def run(
     source = Input(input, format=format, columns=names(columns) if columns else None, where=where, limit=limit)
     target = Output(output, format=sink)
 
-    from headrace.on_ray.batch import run as run_batch  # loads ray: a mistake above is told half a second earlier
-    from headrace.on_ray.cluster import connected
+    from headrace.on_ray.cluster import connected  # loads ray: a mistake above is told half a second earlier
+    from headrace.on_ray.job import Job
 
+    origin = {"file": str(Path(path).resolve()) + separator + name, "set": set_ or []}
+    job = Job.of(pipeline, input=source, output=target, keep=names(keep), origin=origin)
+    mode = Mode.RESTART if restart else Mode.ACCEPT_CHANGE if accept_change else Mode.RESUME
     connect = partial(connected, address, folder=folder, verbose=verbose)
     with Progress(quiet=quiet) as progress:
-        report = run_batch(pipeline, input=source, output=target, keep=names(keep), connect=connect, watch=progress.update)
+        report = job.run(mode=mode, allowance=allowance, connect=connect, watch=progress.update)
     if not quiet:
         print(report)
 

@@ -54,7 +54,10 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
             raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
         raise RunError(f"cannot join Ray at {where!r}: {error}. It must be the head's host:6379; without an address, Ray starts here") from error
     try:
-        with contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}):
+        with (
+            contextlib.nullcontext() if verbose else compat.muted(),
+            contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}),
+        ):
             yield describe(spare_cpus=_SPARE_CPUS if where else compat.cores())
     finally:
         ray.shutdown()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import queue
 import sys
 import sysconfig
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +19,24 @@ import ray
 from ray import cloudpickle
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasink
-from ray.data._internal.execution.interfaces import TaskContext
-from ray.data.block import Block, BlockAccessor
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.block import BlockAccessor
 
 __all__ = [
     "ActorPoolStrategy",
-    "Block",
     "BlockAccessor",
     "DataContext",
     "Dataset",
-    "Datasink",
-    "TaskContext",
+    "Finished",
     "context",
     "cores",
     "fence",
     "gpus",
     "in_job",
+    "muted",
     "ship",
     "started_here",
+    "stream",
 ]
 
 
@@ -54,6 +59,20 @@ def started_here() -> bool:
 def in_job() -> bool:
     """Whether this process is the driver of a submitted job; Ray refuses it a runtime environment besides the job's own."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keep Ray from printing its own messages for the length of the block, such as a page of text for each process that died.
+
+    `log_to_driver=False` does that for what workers print, but not for these.
+    """
+    before = ray._private.worker.print_to_stdstream
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        ray._private.worker.print_to_stdstream = before
 
 
 def ship(call: Any, *, importable: bool) -> None:
@@ -89,3 +108,78 @@ def context(base: DataContext) -> DataContext:
     ctx.max_errored_blocks = 0
     ctx.raise_original_map_exception = True  # else a stage's error arrives as text within an error of Ray's own
     return ctx
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A block that a dataset has finished: the reference to its table, and its weight."""
+
+    ref: Any
+    rows: int
+    bytes: int
+
+
+class Finished(Exception):  # noqa: N818 - like StopIteration, it is no error
+    """The dataset has given all its blocks."""
+
+
+class Stream:
+    """The blocks of a running dataset, as they are finished. Made by `stream`."""
+
+    def __init__(self, bundles: Iterator[Any]) -> None:
+        self._blocks: queue.Queue[Output | None] = queue.Queue(maxsize=4)  # Ray holds back what nobody takes
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="headrace-blocks")
+        self._pulling = self._pool.submit(self._pull, bundles)
+
+    def take(self, timeout_s: float) -> Output | None:
+        """The next block, or None when there was none for so long.
+
+        Raises:
+            Finished: there are no more.
+            RayError, HeadraceError, ...: whatever stopped the dataset.
+        """
+        try:
+            block = self._blocks.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if block is None:
+            self._pulling.result()
+            raise Finished
+        return block
+
+    def close(self) -> None:
+        """Take no more blocks."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False)
+
+    def _pull(self, bundles: Iterator[Any]) -> None:
+        try:
+            for bundle in bundles:
+                for entry in bundle.blocks:
+                    self._give(Output(entry.ref, entry.metadata.num_rows or 0, entry.metadata.size_bytes or 0))
+                if self._stopped.is_set():
+                    return
+        finally:
+            self._give(None)
+
+    def _give(self, block: Output | None) -> None:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._blocks.put(block, timeout=0.2)
+                return
+
+
+@contextlib.contextmanager
+def stream(dataset: Dataset) -> Iterator[Stream]:
+    """Run a dataset for the length of the block, and give its blocks one by one. On leaving, what still runs is ended.
+
+    Ray's own iterators can neither wait for a block for a limited time nor be stopped from another thread.
+    """
+    executor = dataset._create_executor()
+    blocks = Stream(dataset._build_bundle_iterator(executor))
+    try:
+        yield blocks
+    finally:
+        blocks.close()
+        executor.shutdown(force=True)  # ends the actors as well: left to their references, they may outlive their Ray

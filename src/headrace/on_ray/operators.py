@@ -1,4 +1,4 @@
-"""What runs inside Ray's workers: reading units, running groups, writing files. Each is one operator of the dataset."""
+"""What runs inside Ray's workers while a dataset does: reading units and running groups. Each is one operator of it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,39 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 import threadpoolctl
 
-from headrace import sinks
 from headrace.columns import ColumnType
-from headrace.errors import StageError
-from headrace.events import Event, FileWritten, ReplicaReady, UnitRead
-from headrace.on_ray.compat import Block, BlockAccessor, Datasink, TaskContext
+from headrace.errors import SourceError, StageError
+from headrace.events import Event, ProcessDied, ReplicaReady, UnitLost, UnitRead
 from headrace.plan import Group
 from headrace.readers import read
-from headrace.units import Source, Unit
+from headrace.resume import Todo
+from headrace.units import Source
 from headrace.worker import Worker
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+_READER_DEATHS = 4  # of processes reading the same unit, until it is given up; fewer may be a machine's own trouble
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class EventLog:
-    """Collects the events of a run from all workers; the driver drains it."""
+    """Collects the events of a run from all workers, and notes which work has begun and not ended; the driver drains it.
+
+    Should its process die, it starts again, empty. That loses figures, and notes on processes that died, but no rows.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.begun: Counter[str] = Counter()
 
     def add(self, *events: Event) -> None:
         """Append."""
@@ -42,35 +49,78 @@ class EventLog:
         events, self.events = self.events, []
         return events
 
+    def enter(self, key: str) -> int:
+        """Note that the work `key` begins; returns how often it was begun and not ended before, since its process died."""
+        deaths = self.begun[key]
+        self.begun[key] += 1
+        if deaths:
+            self.events.append(ProcessDied(key, deaths))
+        return deaths
+
+    def leave(self, key: str) -> None:
+        """Note that the work `key` has ended, well or with an error."""
+        self.begun.pop(key, None)
+
+
+class Journal:
+    """The `Guard` of a worker: its notes are kept where they outlive its process."""
+
+    def __init__(self, log: Any) -> None:
+        self.log = log
+
+    def enter(self, key: str) -> int:
+        return int(ray.get(self.log.enter.remote(key)))
+
+    def leave(self, key: str) -> None:
+        self.log.leave.remote(key)
+
 
 class Reader:
-    """Read the units named in a block, as blocks of `block_rows` rows."""
+    """Read the rows named in a block, as blocks of `block_rows` rows with their lineage. What cannot be read is reported."""
 
     def __init__(self, source: Source, wanted: dict[str, ColumnType], block_rows: int, log: Any) -> None:
         self.source, self.wanted, self.block_rows, self.log = source, wanted, block_rows, log
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        for packed in block["units"].to_pylist():
-            for unit in pickle.loads(packed):
-                rows = 0
-                for data in read(self.source, unit, self.wanted, block_rows=self.block_rows):
-                    rows += data.num_rows
-                    yield data
-                # Waited for: the count must not be lost, since the run is held against it at the end.
-                ray.get(self.log.add.remote(UnitRead(unit.id, rows)))
+        journal = Journal(self.log)
+        for packed in block["scans"].to_pylist():
+            for scan in pickle.loads(packed):
+                key = f"read {scan[0][0].id}"
+                if (deaths := journal.enter(key)) >= _READER_DEATHS:
+                    self._lost(scan, f"the process died {deaths} times while it read {scan[0][0].paths[0]!r}")
+                    continue
+                counts: dict[int, int] = {}
+                try:
+                    yield from read(self.source, scan, self.wanted, block_rows=self.block_rows, counted=counts.__setitem__)
+                    # Waited for: the counts must not be lost, since the run is held against them at the end.
+                    ray.get(self.log.add.remote(*(UnitRead(unit.id, counts.get(unit.id)) for unit, _ in scan)))
+                except SourceError as error:
+                    self._lost(scan, str(error))
+                finally:
+                    journal.leave(key)
+
+    def _lost(self, scan: Todo, why: str) -> None:
+        ray.get(self.log.add.remote(*(UnitLost(unit.id, why) for unit, _ in scan)))
 
 
-def pack(units: Iterable[Unit], block_rows: int) -> list[pa.Table]:
-    """One table per read task; units are packed until they fill a block, so that many small files need few tasks."""
-    tasks: list[list[Unit]] = []
-    room = 0
-    for unit in units:
-        if unit.rows is None or room < unit.rows or not tasks:
-            tasks.append([])
+def pack(todo: Todo, block_rows: int) -> list[pa.Table]:
+    """One table per read task. Units of one row group are read in one scan; scans are packed until they fill a block."""
+    tasks: list[list[Todo]] = []
+    room, last = 0, None
+    for unit, rows in todo:
+        place = (unit.paths, unit.row_group)
+        known = None not in (unit.rows, rows[-1][1])
+        count = sum(stop - start for start, stop in rows if stop is not None)
+        if place == last and unit.row_group is not None:
+            tasks[-1][-1].append((unit, rows))
+        elif tasks and known and count <= room:
+            tasks[-1].append([(unit, rows)])
+        else:
+            tasks.append([[(unit, rows)]])
             room = block_rows
-        tasks[-1].append(unit)
-        room = 0 if unit.rows is None else room - unit.rows
-    return [pa.table({"units": pa.array([pickle.dumps(task)], pa.binary())}) for task in tasks]
+        room = room - count if known else 0
+        last = place
+    return [pa.table({"scans": pa.array([pickle.dumps(task)], pa.binary())}) for task in tasks]
 
 
 class Functions:
@@ -82,7 +132,7 @@ class Functions:
     def __call__(self, block: pa.Table) -> pa.Table:
         if not block.num_rows:
             return block
-        worker = Worker(self.group.stages, group=self.group.name, overlap=False, emit=self.log.add.remote)
+        worker = Worker(self.group.stages, group=self.group.name, overlap=False, emit=self.log.add.remote, guard=Journal(self.log))
         return worker(block, self.group.carries)
 
 
@@ -96,7 +146,7 @@ class Replica:
         hardware = group.choice.hardware
         limit_threads(max(1, int(hardware.cpus)))
         try:
-            self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote)
+            self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log))
         except StageError as error:
             # Raised at the first call instead: Ray turns an error of an actor's constructor into text, and starts it again.
             self.failed = error
@@ -121,29 +171,3 @@ def limit_threads(count: int) -> None:
     threadpoolctl.threadpool_limits(count)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
-
-
-class Writer(Datasink[FileWritten | None]):
-    """Ray's own sink interface over `headrace.sinks`: one file per write, and enough bytes per write for a good file."""
-
-    def __init__(self, sink: sinks.Sink) -> None:
-        self.sink = sink
-        self.files: list[FileWritten] = []
-
-    @property
-    def min_bytes_per_write(self) -> int:
-        """Blocks are gathered until they weigh this much."""
-        return sinks.FILE_BYTES
-
-    def get_name(self) -> str:
-        """What Ray calls this operator."""
-        return "Headrace"
-
-    def write(self, blocks: Iterable[Block], ctx: TaskContext) -> FileWritten | None:
-        """Write the blocks as one file; None when they hold no rows."""
-        tables: Sequence[pa.Table] = [table for block in blocks if (table := BlockAccessor.for_block(block).to_arrow()).num_rows]
-        return sinks.write(self.sink, tables) if tables else None
-
-    def on_write_complete(self, write_result: Any) -> None:
-        """Keep what the successful writes returned: the files that belong to the run."""
-        self.files = [file for file in write_result.write_returns if file is not None]

@@ -1,0 +1,137 @@
+"""What the results of a run depend on, as facts that can be kept and compared: code, settings, models, and what is read.
+
+A resumed run must not mix the rows of two programs. Each fact has a name that a person understands, so that a difference can be
+told in words. Code is compared by its syntax tree: comments, docstrings and layout do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import inspect
+import os
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from headrace.errors import ChangedError
+from headrace.pipeline import Pipeline
+from headrace.stage import Stage
+
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_OWN = str(Path(__file__).parent)
+_NO_FACTS = ("input", "origin", "pipeline")  # what is read is told by its files; a moved or renamed pipeline is the same
+_SHOWN = 60  # characters of a value in a message
+_MODEL_FILES = ("config.json", "modules.json", "tokenizer.json", "MLmodel", "model.safetensors", "model.onnx")
+
+
+def facts(pipeline: Pipeline, request: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of a run: its request (what is read, kept and written), and for each stage its wiring, settings and code.
+
+    The code is that of the modules in which stages are defined, and of the user's own modules that these import. A setting
+    that names a local file or folder, or a model in Hugging Face's cache, counts with that model's version.
+    """
+    found = {f"--{name}": str(value) for name, value in request.items() if value is not None and name not in _NO_FACTS}
+    found["stages"] = ", ".join(stage.name for stage in pipeline.stages)
+    modules: dict[str, ModuleType] = {}
+    for stage in pipeline.stages:
+        found[f"columns of {stage.name}"] = f"{_columns(stage.reads)} -> {_columns(stage.writes)}"
+        for name, value in stage.settings.items():
+            found[f"{stage.name}.{name}"] = repr(value)
+            if version := _version(value):
+                found[f"version of {stage.name}.{name}"] = version
+        own = {module.__name__: module for module in _modules(stage)}
+        modules |= own
+        if not own and not inspect.getmodule(stage.call):  # typed into a notebook
+            with contextlib.suppress(OSError, TypeError):
+                found[f"code of {stage.name}"] = _digest(inspect.getsource(stage.call if inspect.isfunction(stage.call) else type(stage.call)))
+    for module in modules.values():
+        found[f"code of {Path(str(module.__file__)).name}"] = _code(str(module.__file__))
+    return found
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What changed, a line each."""
+    lines = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name.startswith(("code of ", "version of ")) and old and new:
+            lines.append(f"{name}: changed")
+        else:
+            lines.append(f"{name}: was {_short(old)}, is {_short(new)}")
+    return lines
+
+
+def refuse(output: str, changes: Iterable[str]) -> ChangedError:
+    """The error that tells what changed since an output was begun, and the choices."""
+    return ChangedError(
+        f"output {output!r} was begun with something else:\n"
+        + "".join(f"  {line}\n" for line in changes)
+        + "Choose: --accept-change goes on, and leaves the rows that are done as they are; --restart throws them away and begins again."
+    )
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= _SHOWN else value[: _SHOWN - 3] + "..."
+
+
+def _columns(types: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {column}" for name, column in types.items())
+
+
+def _modules(stage: Stage) -> Iterator[ModuleType]:
+    """The user's modules that a stage is made of: those of its classes or function, and what they import."""
+    call = stage.call
+    waiting = [sys.modules.get(kind.__module__) for kind in ([call] if inspect.isfunction(call) else type(call).__mro__)]
+    seen: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or module.__name__ in seen or not _is_users(module):
+            continue
+        seen.add(module.__name__)
+        yield module
+        for value in list(vars(module).values()):
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(name, str):
+                waiting.append(sys.modules.get(name))
+
+
+def _is_users(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and file.endswith(".py") and not file.startswith((*_INSTALLED, _OWN)) and os.path.exists(file)
+
+
+def _code(path: str) -> str:
+    """A digest of a module's code."""
+    return _digest(Path(path).read_text(encoding="utf-8"))
+
+
+def _digest(source: str) -> str:
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _version(value: Any) -> str | None:
+    """The version of the model that a setting names: the state of a local file or model folder, or the commit in Hugging Face's cache."""
+    if not isinstance(value, (str, os.PathLike)) or not (text := str(value)) or "\0" in text or len(text) > 1024:
+        return None
+    path = Path(text).expanduser()
+    if path.is_file() or any((path / name).is_file() for name in _MODEL_FILES):  # not just any folder: it may be large, or a cache
+        files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+        states = [(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    reference = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{text.replace('/', '--')}" / "refs" / "main"
+    return reference.read_text().strip() if text.count("/") == 1 and reference.is_file() else None
