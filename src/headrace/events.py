@@ -121,5 +121,9 @@ def from_json_lines(text: str) -> list[Event]:
     for line in text.splitlines():
         values: dict[str, Any] = json.loads(line)
         kind = kinds[values.pop("event")]
-        found.append(kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}))
+        found.append(kind(**{name: _frozen(value) for name, value in values.items()}))
     return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

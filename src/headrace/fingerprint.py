@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -27,6 +28,25 @@ _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 _OWN = str(Path(__file__).parent)
 _NO_FACTS = ("input", "origin", "pipeline")  # what is read is told by its files; a moved or renamed pipeline is the same
 _SHOWN = 60  # characters of a value in a message
+_MODEL_ENDINGS = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".joblib",
+    ".json",
+    ".model",
+    ".npy",
+    ".npz",
+    ".onnx",
+    ".pkl",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".txt",
+    ".ubj",
+    ".xml",
+)
 _MODEL_FILES = ("config.json", "modules.json", "tokenizer.json", "MLmodel", "model.safetensors", "model.onnx")
 
 
@@ -47,11 +67,11 @@ def facts(pipeline: Pipeline, request: Mapping[str, Any]) -> dict[str, str]:
                 found[f"version of {stage.name}.{name}"] = version
         own = {module.__name__: module for module in _modules(stage)}
         modules |= own
-        if not own and not inspect.getmodule(stage.call):  # typed into a notebook
-            with contextlib.suppress(OSError, TypeError):
-                found[f"code of {stage.name}"] = _digest(inspect.getsource(stage.call if inspect.isfunction(stage.call) else type(stage.call)))
-    for module in modules.values():
-        found[f"code of {Path(str(module.__file__)).name}"] = _code(str(module.__file__))
+        if not own and (code := _typed_in(stage.call)):
+            found[f"code of {stage.name}"] = code
+    for module in sorted(modules.values(), key=lambda module: module.__name__):
+        name = f"code of {Path(str(module.__file__)).name}"
+        found[name] = found.get(name, "") + _code(str(module.__file__))  # several packages have an __init__.py
     return found
 
 
@@ -99,10 +119,21 @@ def _modules(stage: Stage) -> Iterator[ModuleType]:
             continue
         seen.add(module.__name__)
         yield module
-        for value in list(vars(module).values()):
-            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(name, str):
-                waiting.append(sys.modules.get(name))
+        waiting += [sys.modules.get(name) for name in _imported(module)]
+
+
+def _imported(module: ModuleType) -> Iterator[str]:
+    """The names of what a module imports, and may be modules. What a function imports counts only when the module does, too."""
+    nodes: list[ast.AST] = [ast.parse(Path(str(module.__file__)).read_bytes())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__) if node.level else str(node.module)
+            yield from (origin, *(f"{origin}.{alias.name}" for alias in node.names))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
 
 
 def _is_users(module: ModuleType) -> bool:
@@ -115,6 +146,17 @@ def _code(path: str) -> str:
     return _digest(Path(path).read_text(encoding="utf-8"))
 
 
+def _typed_in(call: Any) -> str:
+    """A digest of a stage that was typed into a notebook; nothing for one of an installed package."""
+    if getattr(inspect.getmodule(call), "__file__", None):
+        return ""
+    found = ""
+    for function in [call] if inspect.isfunction(call) else filter(inspect.isfunction, vars(type(call)).values()):
+        with contextlib.suppress(OSError, TypeError):  # what dataclasses add has no source
+            found += _digest(inspect.getsource(function))
+    return found
+
+
 def _digest(source: str) -> str:
     tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
@@ -124,11 +166,13 @@ def _digest(source: str) -> str:
 
 
 def _version(value: Any) -> str | None:
-    """The version of the model that a setting names: the state of a local file or model folder, or the commit in Hugging Face's cache."""
+    """The version of the model that a setting names: the state of a local model file or folder, or the commit in Hugging Face's cache."""
     if not isinstance(value, (str, os.PathLike)) or not (text := str(value)) or "\0" in text or len(text) > 1024:
         return None
     path = Path(text).expanduser()
-    if path.is_file() or any((path / name).is_file() for name in _MODEL_FILES):  # not just any folder: it may be large, or a cache
+    if (path.is_file() and path.suffix.lower() in _MODEL_ENDINGS) or any(
+        (path / name).is_file() for name in _MODEL_FILES
+    ):  # nothing else: it may be a log, or a cache
         files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
         states = [(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in files]
         return hashlib.sha256(repr(states).encode()).hexdigest()[:16]

@@ -97,7 +97,7 @@ def _process(number: int) -> str:
     try:
         status = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
         started = "gone" if status[0] == "Z" else status[19]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends while it is looked at
         try:
             os.kill(number, 0)
         except ProcessLookupError:

@@ -51,21 +51,43 @@ def load(store: Store, *, below: str = "~") -> State | None:
     raise LedgerError(f"the ledger changed {_LOADS} times while it was read; another run is writing to this output")
 
 
+def begun(store: Store) -> bool:
+    """Whether there is a ledger at all, whatever state it is in."""
+    return bool(store.names(_LEDGER))
+
+
 def _load(store: Store, below: str) -> State | None:
-    for run in sorted((name for name in store.names(_LEDGER) if name < below and name[:1].isdigit()), reverse=True):
-        names = store.names(f"{_LEDGER}/{run}")
-        base = max((name for name in names if name.startswith("base-")), default=None)
-        if base is None:
-            continue  # it died, or lost the output, before it knew what was there
+    run, names = _newest(store, below)
+    state = None
+    if run:
+        base = max(name for name in names if name.startswith("base-"))
         state = State.from_json(_decode(base, store.read(f"{_LEDGER}/{run}/{base}")))
         first = _number(base)
         records = sorted(name for name in names if name.startswith("record-") and _number(name) >= first)
         for expected, name in enumerate(records, first):
             if _number(name) != expected:
+                if _newest(store, below)[0] != run:
+                    raise FileNotFoundError(run)
                 raise LedgerError(f"record {expected} of run {run} is missing from the ledger, though later ones are there")
             state.apply(Change.from_json(_decode(name, store.read(f"{_LEDGER}/{run}/{name}"))))
-        return state
-    return None
+    if _newest(store, below)[0] != run:
+        raise FileNotFoundError(run)  # a newer run has its base by now, and may have removed a part of what was read
+    return state
+
+
+def _newest(store: Store, below: str) -> tuple[str, list[str]]:
+    """The greatest run named below `below` that has a base, and its files; the others died, or lost the output, before they knew what was there."""
+    for run in sorted((name for name in store.names(_LEDGER) if name < below and name[:1].isdigit()), reverse=True):
+        names = store.names(f"{_LEDGER}/{run}")
+        if any(name.startswith("base-") for name in names):
+            return run, names
+    return "", []
+
+
+def complete(store: Store, state: State) -> bool:
+    """Whether the output is finished, every file of it in its place, and each dead row in one letter; a retry that died may have left it otherwise."""
+    there, once = set(store.names("")), sum(file.rows for file in state.letters.values()) == state.rows_dead
+    return state.finished and once and SUCCESS in there and state.files.keys() <= there and state.letters.keys() <= set(store.names(LETTERS))
 
 
 def _number(name: str) -> int:
@@ -94,19 +116,24 @@ class Ledger:
         self.state: State
         self._records = self._base = 0
         self._published: set[str] = set()
+        self._refused: StorageError | None = None
 
     @classmethod
-    def claim(cls, store: Store, *, token: str | None = None) -> tuple[Ledger, State | None]:
-        """Take the output over from whoever held it, and read what is known of it.
+    def claim(cls, store: Store, *, token: str | None = None, restart: bool = False) -> tuple[Ledger, State | None]:
+        """Take the output over from whoever held it, and read what is known of it, unless that is to be thrown away.
 
         Raises:
             TakenOverError: another run claims the output at the same time.
         """
-        last = max(store.names(_CLAIMS), default="000000-")
+        last = max((name for name in store.names(_CLAIMS) if name[:1].isdigit()), default="000000-")  # none: a put that was cut off
         ledger = cls(store, f"{int(last.partition('-')[0]) + 1:06d}-{token or uuid.uuid4().hex[:12]}")
         store.put(f"{_CLAIMS}/{ledger.run}", b"")
         ledger.check()
-        return ledger, load(store, below=ledger.run)
+        try:
+            return ledger, None if restart else load(store, below=ledger.run)
+        except LedgerError:
+            ledger.check()  # a newer run may have swept away half of what was to be read
+            raise
 
     def check(self) -> None:
         """Raise TakenOverError if a newer run has claimed the output."""
@@ -120,7 +147,9 @@ class Ledger:
         self._put_base()
         if not state.finished:
             self.store.delete(SUCCESS)
-        self._published = set(self.store.names("")) & set(state.files)
+        self._published = set(self.store.names("")) & state.files.keys() | set(self.store.names(LETTERS)) & state.letters.keys()
+        for name in state.letters:
+            self.publish(name)  # before those go that it takes the place of
         self._sweep(own=False)
 
     def new_name(self, kind: str, ending: str) -> str:
@@ -135,6 +164,8 @@ class Ledger:
             LedgerError: the change does not add up; nothing was written.
             StorageError: the record cannot be written; the run must end, and may be resumed.
         """
+        if self._refused:
+            raise self._refused
         if len(change.to_json()):
             self.state.apply(change)
             self._put(f"record-{self._records:06d}", change.to_json())
@@ -176,6 +207,8 @@ class Ledger:
     def settle(self, change: Change) -> None:
         """Commit, then remove the files that the change dropped."""
         self.commit(change)
+        for file in change.letters:
+            self.publish(file.name)  # before the old ones go; of rows, there may be none twice, not even for a moment
         for name in change.dropped:
             # First where it was staged: a run that has lost the output could still publish it from there.
             self.store.delete(staged(name))
@@ -205,8 +238,9 @@ class Ledger:
             try:
                 self.store.put(f"{_LEDGER}/{self.run}/{name}", content)
                 return
-            except StorageError:
+            except StorageError as error:
                 if attempt == _PUTS:
+                    self._refused = error  # it may take effect yet: no other content may ever go under this name
                     raise
 
     def _sweep(self, *, own: bool) -> None:
@@ -222,7 +256,8 @@ class Ledger:
         # Staged files first: nobody can publish a file from where it no longer is.
         for run in [run for run in self.store.names(_STAGING) if run < self.run or (own and run == self.run)]:
             names = set(self.store.names(f"{_STAGING}/{run}"))
-            for name in [f"/{name}" for name in sorted(names - known)] if names & known else [""]:
+            # At the end all that counts is in its place; a move that was cut off may have left it here as well.
+            for name in [f"/{name}" for name in sorted(names - known)] if names & known and not own else [""]:
                 self.store.delete(f"{_STAGING}/{run}{name}")
         for folder in ("", f"{LETTERS}/"):
             for name in self.store.names(folder.rstrip("/")):

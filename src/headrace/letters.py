@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import time
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace.columns import ColumnType
+from headrace.columns import ANY, ColumnType
 from headrace.errors import SettingError, SourceError
 from headrace.ledger import LETTERS, Ledger, new_name, staged
 from headrace.lineage import FAULT, ROW, UNIT, Fault, spans
@@ -85,14 +86,16 @@ def table(bad: pa.Table, source: Source, units: Mapping[int, Unit], wanted: Mapp
     An input column of the same name as one of ours is called `input_...`. One whose value cannot be read is null.
     """
     faults = {(unit, row): Fault.from_json(text) for unit, row, text in zip(*(bad[name].to_pylist() for name in (UNIT, ROW, FAULT)), strict=True)}
-    inputs = _inputs(bad, source, units, wanted)
+    images = source.format == "images"
+    inputs = _inputs(bad, source, units, {**wanted, "path": ANY} if images else wanted)
     keys = list(zip(inputs[UNIT].to_pylist(), inputs[ROW].to_pylist(), strict=True)) if inputs is not None else []
+    paths = inputs["path"].to_pylist() if images and inputs is not None else []  # behind a filter nothing else tells them
     absent = [key for key in faults if key not in set(keys)]  # what cannot be read a second time
     about = [
         {
             "unit": unit,
             "row": row,
-            "file": units[unit].paths[row if len(units[unit].paths) > 1 else 0],
+            "file": file or units[unit].paths[0],
             "row_group": units[unit].row_group,
             "stage": faults[unit, row].stage,
             "error": faults[unit, row].error,
@@ -100,7 +103,7 @@ def table(bad: pa.Table, source: Source, units: Mapping[int, Unit], wanted: Mapp
             "frames": faults[unit, row].frames,
             "attempts": faults[unit, row].attempts,
         }
-        for unit, row in (*keys, *absent)
+        for (unit, row), file in itertools.zip_longest((*keys, *absent), paths)
     ]
     data = pa.Table.from_pylist(about, _ABOUT)
     if inputs is None:
@@ -139,6 +142,7 @@ def consolidate(held: Ledger) -> None:
         name = new_name(held.run, "letters", ".parquet")
         content = pa.BufferOutputStream()
         pq.write_table(kept, content, compression="zstd")
-        held.store.put(staged(name), content.getvalue())
-        added.append(DataFile(name, kept.num_rows, content.tell(), time.time()))
+        buffer = content.getvalue()
+        held.store.put(staged(name), buffer)
+        added.append(DataFile(name, kept.num_rows, buffer.size, time.time()))
     held.settle(Change(letters=added, dropped=list(state.letters)))

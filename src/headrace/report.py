@@ -54,11 +54,11 @@ class Report:
         return (self.rows_in - self.rows_before) / self.wall_s if self.wall_s else 0.0
 
     @staticmethod
-    def of_finished(pipeline: str, output: str, state: State) -> Report:
+    def of_finished(pipeline: str, output: str, state: State, lost: Mapping[int, str]) -> Report:
         """The report of a run that found its job done already."""
         rows = state.rows_done + state.rows_dead
         return Tally(finished=RunFinished(rows, state.rows_done, state.rows_dead, 0.0), rows_before=rows).report(
-            pipeline=pipeline, output=output, groups=(), state=state
+            pipeline=pipeline, output=output, groups=(), state=state, lost=lost
         )
 
     def __str__(self) -> str:
@@ -150,8 +150,8 @@ class Tally:
                 case RunFinished():
                     self.finished = event
 
-    def report(self, *, pipeline: str, output: str, groups: Sequence[str], state: State) -> Report:
-        """The report of a finished run; `groups` are those of the plan, in order, and `state` what its output holds."""
+    def report(self, *, pipeline: str, output: str, groups: Sequence[str], state: State, lost: Mapping[int, str]) -> Report:
+        """The report of a finished run; `groups` are those of the plan, in order, `state` what its output holds, `lost` units given up, and why."""
         assert self.finished is not None, "a report is made of a finished run"
         sums = {name: self.groups.get(name, _Sums()) for name in groups}
         slowest = max(sums.values(), key=lambda one: one.busy_s, default=_Sums())
@@ -163,7 +163,7 @@ class Tally:
             rows_before=self.finished.rows_in - self.rows if self.rows_before is None else self.rows_before,
             dead_letters=state.rows_dead,
             causes=dict(self.causes.most_common()),
-            unreadable=tuple(dict.fromkeys(state.unreadable.values())),
+            unreadable=tuple(dict.fromkeys(lost.values())),
             files=len(state.files),
             bytes=sum(file.bytes for file in state.files.values()),
             wall_s=self.finished.wall_s,

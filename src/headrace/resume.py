@@ -19,7 +19,7 @@ Todo = list[tuple[Unit, list[tuple[int, int | None]]]]
 """The rows to run, as intervals per unit; one without an end goes on to the end of the unit."""
 
 _SHOWN = 4  # files named in a message
-_GONE = "the file is gone from the input"
+GONE = "is gone from the input"  # how the reason ends, for a unit whose file was there once
 
 
 class Mode(StrEnum):
@@ -57,8 +57,13 @@ def start(before: State | None, source: Source, *, request: Mapping[str, Any], f
     """
     if before is None or not (before.files or before.letters or before.finished):  # nothing is there to be kept
         return Start(State(request=request, facts=facts, units=table_name(source.units), unreadable=dict(source.unreadable)), source.units)
+    if (was_where := before.facts.get("--where")) != (where := facts.get("--where")):
+        raise ChangedError(
+            f"--where was {was_where!r} when the output was begun, and is {where!r} now: rows are counted behind the filter, "
+            "so those that are done cannot be told apart any more. Begin again with --restart, or keep the filter"
+        )
     table = old(before.units)
-    changes = differences(before.facts, facts) + _changed_files([unit for unit in table if before.unreadable.get(unit.id) != _GONE], source.units)
+    changes = differences(before.facts, facts) + _changed_files([unit for unit in table if not is_gone(before.unreadable.get(unit.id))], source.units)
     state = replace(before, request=request, facts=facts, counts=dict(before.counts), unreadable=dict(before.unreadable))
     known = {unit.key: unit for unit in table}
     fresh = max((unit.id for unit in table), default=-1) + 1
@@ -72,7 +77,7 @@ def start(before: State | None, source: Source, *, request: Mapping[str, Any], f
             _refuse_other_rows(was, now, before)
             state.counts.pop(now.id, None)
             state.unreadable.pop(now.id, None)
-        if state.unreadable.get(now.id) == _GONE:  # it is back
+        if is_gone(state.unreadable.get(now.id)):  # it is back
             del state.unreadable[now.id]
         if unit.id in source.unreadable:
             state.unreadable[now.id] = source.unreadable[unit.id]
@@ -81,7 +86,7 @@ def start(before: State | None, source: Source, *, request: Mapping[str, Any], f
         state.unreadable.pop(gone.id, None)
         if _settled(before, gone):
             units.append(gone)
-            state.unreadable[gone.id] = _GONE
+            state.unreadable[gone.id] = f"{gone.paths[0]!r} {GONE}"
     state.units = table_name(units)
     return Start(state, tuple(units), tuple(changes), grew=bool(todo(state, units)))
 
@@ -98,19 +103,31 @@ def todo(state: State, units: Sequence[Unit], *, retry: bool = False) -> Todo:
     for unit in units:
         rows: list[tuple[int, int | None]] = []
         why = state.unreadable.get(unit.id)
-        if why is None or (retry and why != _GONE):
+        if why is None or (retry and not is_gone(why)):
             rows += state.missing(unit.id, unit.start, unit.rows)
-        if retry and why != _GONE and unit.id in state.dead:
+        if retry and not is_gone(why) and unit.id in state.dead:
             rows = sorted([*rows, *state.dead[unit.id]], key=lambda span: span[0])
         if rows:
             found.append((unit, rows))
     return found
 
 
+def is_gone(why: str | None) -> bool:
+    """Whether a unit is given up because its file is not in the input any more."""
+    return why is not None and why.endswith(GONE)
+
+
 def given_up(state: State, units: Sequence[Unit]) -> dict[int, str]:
-    """The units of which rows are missing because they cannot be read, and why."""
+    """The units of which rows are missing because they cannot be read, and why. One whose file has no footer has none that could be counted."""
     known = {unit.id: unit for unit in units}
-    return {number: why for number, why in state.unreadable.items() if (unit := known.get(number)) is not None and state.missing(number, unit.start, unit.rows)}
+    lost = ((known[number], why) for number, why in state.unreadable.items() if number in known)
+    return {unit.id: why for unit, why in lost if unit.rows == 0 or state.missing(unit.id, unit.start, unit.rows)}
+
+
+def renumbered(source: Source, units: Sequence[Unit]) -> Source:
+    """The source with the numbers that its units have in the ledger, where `units` begin with them in the source's order."""
+    pairs = zip(source.units, units[: len(source.units)], strict=True)
+    return replace(source, unreadable={now.id: source.unreadable[was.id] for was, now in pairs if was.id in source.unreadable})
 
 
 def table_name(units: Sequence[Unit]) -> str:
@@ -127,7 +144,8 @@ def _settled(state: State, unit: Unit) -> int:
 
 
 def _refuse_other_rows(was: Unit, now: Unit, before: State) -> None:
-    if was.rows != now.rows and (settled := _settled(before, was)):
+    same_file = (was.size_bytes, was.modified_ns) == (now.size_bytes, now.modified_ns)  # of which --limit takes another part
+    if was.rows != now.rows and not same_file and (settled := _settled(before, was)):
         raise ChangedError(
             f"{was.paths[0]!r} had {was.rows} rows when {settled} of them were run, and has {now.rows} now: "
             "they cannot be told apart any more. Begin again with --restart, or put the file back"

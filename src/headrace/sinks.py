@@ -55,8 +55,8 @@ def open_sink(output: Output) -> Sink:
     return Sink(locate(output.path, error=OutputError), output.format)
 
 
-def inspect(sink: Sink, schema: pa.Schema) -> State | None:
-    """What the output's ledger knows; None for a folder that is not there or empty. Nothing is touched.
+def inspect(sink: Sink, schema: pa.Schema, *, restart: bool = False) -> State | None:
+    """What the output's ledger knows; None for a folder that is not there or empty, and before a restart. Nothing is touched.
 
     Raises:
         OutputError: the folder holds something else, or the format cannot hold a column.
@@ -65,8 +65,8 @@ def inspect(sink: Sink, schema: pa.Schema) -> State | None:
     if sink.format == "delta":
         _delta_schema(schema)
     held = sink.store.names("")
-    state = ledger.load(sink.store) if ledger.HOME in held else None
-    if state is None and set(held) - {ledger.HOME}:
+    state = ledger.load(sink.store) if ledger.HOME in held and not restart else None
+    if state is None and set(held) - {ledger.HOME} and not (restart and ledger.begun(sink.store)):
         raise OutputError(f"output {sink.place.uri!r} holds no run of headrace: it has {listing(held)}; choose an empty folder")
     return state
 
@@ -97,11 +97,11 @@ def joined(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _parquet(data: pa.Table) -> pa.Buffer:
     """The table as a Parquet file in memory. Built whole, because closing a half-written stream to an object store publishes it."""
-    flat = [field.name for field in data.schema if not pa.types.is_nested(field.type)]
+    texts = [field.name for field in data.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     group = max(1024, int(_ROW_GROUP_BYTES / max(1, data.nbytes) * data.num_rows)) if data.num_rows else None
     stream = pa.BufferOutputStream()
-    # A dictionary over the numbers of vectors costs time and saves nothing.
-    pq.write_table(data, stream, compression="zstd", use_dictionary=flat or False, row_group_size=group)
+    # Dictionaries pay for texts, which repeat. Of numbers they make larger files, in six times the time.
+    pq.write_table(data, stream, compression="zstd", use_dictionary=texts or False, row_group_size=group)
     return stream.getvalue()
 
 
@@ -137,33 +137,31 @@ def commit_delta(sink: Sink, files: Iterable[DataFile], schema: pa.Schema) -> No
     Begun again after a crash it adds what is still missing. Delta counts a file once, however often it is added.
     """
     deltalake = _deltalake()
-    from deltalake.transaction import AddAction, create_table_with_add_actions
+    from deltalake.transaction import create_table_with_add_actions
 
-    table = _delta_schema(schema)
+    table, wanted = _delta_schema(schema), list(files)
     uri = sink.place.path if sink.place.is_local else sink.place.uri
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else None
     try:
         there = deltalake.DeltaTable(uri, storage_options=options) if deltalake.DeltaTable.is_deltatable(uri, options) else None
         held = {path.rpartition("/")[2] for path in there.file_uris()} if there is not None else set()
-        actions = [
-            AddAction(
-                path=file.name,
-                size=file.bytes,
-                partition_values={},
-                modification_time=int(file.at_s * 1000),
-                data_change=True,
-                stats=json.dumps({"numRecords": file.rows}),
-            )
-            for file in files
-            if file.name not in held
-        ]
+        actions = [_added(file) for file in wanted if file.name not in held]
         if there is None:
             create_table_with_add_actions(uri, table, actions, mode="error", partition_by=[], storage_options=options)
+        elif held - {file.name for file in wanted}:  # of a run that was thrown away
+            there.create_write_transaction([*map(_added, wanted)], mode="overwrite", schema=table, partition_by=[])
         elif actions:
             there.create_write_transaction(actions, mode="append", schema=table, partition_by=[])
     except deltalake.exceptions.DeltaError as error:
         raise StorageError(f"cannot commit the Delta table {uri!r}: {error}") from error
+
+
+def _added(file: DataFile) -> Any:
+    from deltalake.transaction import AddAction
+
+    stats = json.dumps({"numRecords": file.rows})
+    return AddAction(path=file.name, size=file.bytes, partition_values={}, modification_time=int(file.at_s * 1000), data_change=True, stats=stats)
 
 
 def _delta_schema(schema: pa.Schema) -> Any:

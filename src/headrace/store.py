@@ -68,9 +68,10 @@ class Folder:
                 _put_local(path, content)
                 return
             whole = self.place.filesystem.type_name in _WHOLE
-            target = path if whole else f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            folder, base = os.path.split(path)
+            target = path if whole else f"{folder}/.{base}.{uuid.uuid4().hex[:8]}.tmp"
             if not whole:
-                self.place.filesystem.create_dir(os.path.dirname(path), recursive=True)
+                self.place.filesystem.create_dir(folder, recursive=True)
             with self.place.filesystem.open_output_stream(target, compression=None) as stream:
                 stream.write(content)
             if not whole:
@@ -107,7 +108,7 @@ class Folder:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and "NoSuchKey" in str(error):
+            if isinstance(error, OSError) and ("NoSuchKey" in str(error) or "NO_SUCH_KEY" in str(error)):  # fsspec's word, and Arrow's
                 raise FileNotFoundError(name) from error
             raise StorageError(f"cannot {what} {name or 'the folder'!r} in {self.place.uri!r}: {error}") from error
 

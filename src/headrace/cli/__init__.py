@@ -46,8 +46,11 @@ def main() -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         if isinstance(error, StageError) and error.frames:
             console.print(error.frames, style="dim", markup=False, end="")
-        console.print("[bold red]error:[/] ", end="")
+        if not isinstance(error, StoppedError):
+            console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False)
+        for note in getattr(error, "__notes__", ()):
+            console.print(note, markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(StoppedError.exit_code)

@@ -57,4 +57,4 @@ class Progress:
             self.status.update(line)
         elif now - self.printed >= _PLAIN_EVERY_S:
             self.printed = now
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, soft_wrap=True)

@@ -36,9 +36,12 @@ def replay(
     from headrace.on_ray.job import Job, request_of
 
     origin = request_of(dir)["origin"]
-    file = file or origin.get("file")
-    if file is None:
+    known = origin.get("file")
+    if file is None and known is None:
         raise PipelineFileError(f"the run of {dir!r} was started from Python: name the pipeline's file with --file")
+    if file is None and not Path(known.partition("::")[0]).is_file():  # moved, or on the cluster that the run was submitted to
+        raise PipelineFileError(f"the run of {dir!r} was started from {known!r}, which is not here: name the pipeline's file with --file")
+    file = file or known
     pipeline = override(load(file), [*(origin.get("set") or ()), *(set_ or ())])
     connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
     with Progress(quiet=quiet) as progress:

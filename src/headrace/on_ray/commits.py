@@ -135,9 +135,9 @@ class Driver:
         """Merge what is small, publish what is not published, and wait until all is in its place."""
         while len(self._small) > 1:
             self._merge_small(_MERGED_BYTES)
+        self._wait_published()  # before the rest is told: two moves of one file would get in each other's way
         self._publish([file.name for file in self.ledger.unpublished()] + list(self.ledger.state.letters))
-        for future in self._publishing:
-            future.result()
+        self._wait_published()
         self._pool.shutdown()
 
     def adopt(self) -> None:
@@ -234,6 +234,11 @@ class Driver:
             future.result()  # raises what went wrong
             self._publishing.remove(future)
         self._publishing += [self._pool.submit(self.ledger.publish, name) for name in names]
+
+    def _wait_published(self) -> None:
+        for future in self._publishing:
+            future.result()
+        self._publishing.clear()
 
     def _drain_events(self) -> None:
         self._events_at_s = time.monotonic()

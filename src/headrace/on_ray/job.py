@@ -15,7 +15,7 @@ import ray
 
 from headrace import fingerprint, ledger, letters, resume, sinks
 from headrace.columns import ANY, ColumnType
-from headrace.errors import HeadraceError, LedgerError, OutputError, RunError, SettingError, StoppedError, listing
+from headrace.errors import HeadraceError, LedgerError, OutputError, RunError, SettingError, StageError, StorageError, listing
 from headrace.events import Event, RunFinished, RunStarted
 from headrace.formats import Input, Output
 from headrace.hardware import Cluster
@@ -81,7 +81,7 @@ def run(
         RunError: the engine failed, or rows are missing; the output has no `_SUCCESS` then.
     """
     if mode not in list(Mode):
-        raise SettingError(f"mode must be one of {listing(Mode)}, got {mode!r}")
+        raise SettingError(f"mode must be one of {listing(one.value for one in Mode)}, got {mode!r}")
     allowance = Allowance.parse(max_dead_letters)
     return Job.of(pipeline, input=input, output=output, keep=keep).run(mode=Mode(mode), allowance=allowance, connect=connect, watch=watch)
 
@@ -150,13 +150,14 @@ class Job:
         facts = fingerprint.facts(self.pipeline, self.request)
 
         def begin(before: State | None) -> Start:
-            here = resume.start(None if mode is Mode.RESTART else before, self.source, request=self.request, facts=facts, old=partial(_unit_table, store))
+            here = resume.start(before, self.source, request=self.request, facts=facts, old=partial(_unit_table, store))
             resume.check(here, output, mode)
             return here
 
-        here = begin(sinks.inspect(self.sink, self.schema))
-        if here.state.finished and mode is not Mode.RETRY and not here.changes and ledger.SUCCESS in store.names(""):
-            return Report.of_finished(self.pipeline.name, output, here.state)
+        restart = mode is Mode.RESTART
+        here = begin(sinks.inspect(self.sink, self.schema, restart=restart))
+        if mode is not Mode.RETRY and not here.changes and ledger.complete(store, here.state):
+            return Report.of_finished(self.pipeline.name, output, here.state, resume.given_up(here.state, here.units))
         started = time.perf_counter()
         wait_until_free(store, uri=output)
         joined = ray.is_initialized()
@@ -164,51 +165,60 @@ class Job:
             for stage in self.pipeline.stages:
                 compat.ship(stage.call, importable=not joined and compat.started_here())
             plan = resolve(self.pipeline, cluster, keep=self.kept)
-            held, before = Ledger.claim(store)
+            held, before = Ledger.claim(store, restart=restart)
             with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows)) as record:
                 record.add([RunStarted(self.pipeline.name, tuple(self.request["input"]), output)])
                 here = begin(before)  # again, since another run may have gone on meanwhile
                 retry = mode is Mode.RETRY or bool(here.changes)
-                driver = self._settle(plan, held, here, record, allowance, retry=retry)
-                rows_out, dead = self._account(held, here, driver)
+                try:
+                    driver = self._settle(plan, held, here, record, allowance, retry=retry)
+                    rows_out, dead, lost = self._account(held, here, driver)
+                except (RunError, StageError, StorageError) as error:
+                    known = getattr(held, "state", here.state)  # a full disk may have kept the ledger from being begun
+                    settled = known.rows_done + known.rows_dead
+                    error.add_note(f"{settled:,} rows are committed in {output}; the same command goes on from there")
+                    raise
                 letters.consolidate(held)
                 held.finish(partial(self._before_success, held))
                 record.add([RunFinished(rows_out + dead, rows_out, dead, time.perf_counter() - started)])
-        return record.tally.report(pipeline=self.pipeline.name, output=output, groups=[group.name for group in plan.groups], state=held.state)
+        groups = [group.name for group in plan.groups]
+        return record.tally.report(pipeline=self.pipeline.name, output=output, groups=groups, state=held.state, lost=lost)
 
     def _settle(self, plan: Plan, held: Ledger, here: Start, record: Record, allowance: Allowance, *, retry: bool) -> Driver:
         """Run every row that is not settled yet, and publish the files that hold them."""
         todo = resume.todo(here.state, here.units, retry=retry)
+        source, unreadable = resume.renumbered(self.source, here.units), here.state.unreadable
+        if retry:
+            unreadable = {unit: why for unit, why in unreadable.items() if unit in source.unreadable or resume.is_gone(why)}
         held.store.put(here.state.units, write_units(here.units))
         # A finished output stays finished while what failed in it is tried again: it is complete at any moment.
-        held.begin(dataclasses.replace(here.state, finished=here.state.finished and not here.grew))
+        held.begin(dataclasses.replace(here.state, finished=here.state.finished and not here.grew, unreadable=unreadable))
+        if self.sink.format == "delta" and not held.state.files:
+            held.store.delete("_delta_log")  # of a run that was thrown away: its files are gone by now
         driver = Driver(
             ledger=held,
             sink=self.sink,
             schema=self.schema,
-            inputs=inputs_for(self.source, here.units, self.wanted),
+            inputs=inputs_for(source, here.units, self.wanted),
             log=EventLog.remote(),  # type: ignore[attr-defined]
             record=record,
             allowance=allowance,
             total=self.source.rows,
             units=len(here.units),
             already_dead=0 if retry else here.state.rows_dead,
-            lost={} if retry else dict(here.state.unreadable),
+            lost={unit: why for unit, why in unreadable.items() if not resume.is_gone(why)},
         )
-        try:
-            with told_to_stop(driver.stop):
-                _execute(plan, self.source, here.units, todo, driver)
-                driver.publish_rest()
-        except StoppedError:
-            settled = held.state.rows_done + held.state.rows_dead
-            raise StoppedError(f"stopped; {settled:,} rows are committed in {self.sink.place.uri}. The same command goes on from there") from None
+        with told_to_stop(driver.stop):
+            _execute(plan, source, here.units, todo, driver)
+            driver.publish_rest()
         return driver
 
-    def _account(self, held: Ledger, here: Start, driver: Driver) -> tuple[int, int]:
-        """Rows out and dead; a RunError unless every row of the input is one of the two."""
+    def _account(self, held: Ledger, here: Start, driver: Driver) -> tuple[int, int, Mapping[int, str]]:
+        """Rows out, rows dead, and units given up; a RunError unless every row of the input is one of the three."""
         if driver.lost.keys() - held.state.unreadable.keys():
             held.commit(Change(unreadable=driver.lost))
-        lost = driver.lost = resume.given_up(held.state, here.units)
+        lost = resume.given_up(held.state, here.units)
+        driver.lost = {unit: why for unit, why in lost.items() if not resume.is_gone(why)}
         driver.check_allowance(final=True)
         missing = [(unit, rows) for unit in here.units if unit.id not in lost and (rows := held.state.missing(unit.id, unit.start, unit.rows))]
         if missing:
@@ -217,7 +227,7 @@ class Job:
                 f"rows of {len(missing)} input units never came out of the engine, among them {rows[0]} of {unit.paths[0]!r}; "
                 "the output is not marked as a success. The same command tries them again"
             )
-        return held.state.rows_done, held.state.rows_dead
+        return held.state.rows_done, held.state.rows_dead, lost
 
     def _before_success(self, held: Ledger) -> None:
         if self.sink.format == "delta":
