@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BENCH ?=
+FAULTS ?=
 BIN := .venv/bin
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -29,8 +30,8 @@ check: .venv/.ready-dev ## Check style, types, import rings, and that the refere
 bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH='--rounds 1' passes options on)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/batch_embed.py $(BENCH)
 
-faults: .venv/.ready-dev ## Run the tests that kill processes
-	$(BIN)/python -m pytest -m faults tests
+faults: .venv/.ready-dev ## Kill, fill, freeze and damage, and count the rows (FAULTS=--record keeps the figures)
+	$(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
 
 docs: .venv/.ready-dev ## Write docs/reference from the code
 	$(BIN)/python docs/generate.py

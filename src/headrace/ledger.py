@@ -85,9 +85,11 @@ def _newest(store: Store, below: str) -> tuple[str, list[str]]:
 
 
 def complete(store: Store, state: State) -> bool:
-    """Whether the output is finished, every file of it in its place, and each dead row in one letter; a retry that died may have left it otherwise."""
-    there, once = set(store.names("")), sum(file.rows for file in state.letters.values()) == state.rows_dead
-    return state.finished and once and SUCCESS in there and state.files.keys() <= there and state.letters.keys() <= set(store.names(LETTERS))
+    """Whether the output is finished, with exactly its files in their places, and each dead row in one letter; a retry that died may leave it otherwise."""
+    there = store.names("")
+    held = {name for name in (*there, *store.names(LETTERS)) if _OURS.match(name)}
+    once = sum(file.rows for file in state.letters.values()) == state.rows_dead
+    return state.finished and once and SUCCESS in there and held == state.files.keys() | state.letters.keys()
 
 
 def _number(name: str) -> int:

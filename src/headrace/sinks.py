@@ -7,6 +7,7 @@ place in the output folder, so that whoever reads the folder sees committed rows
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import io
 import json
@@ -144,8 +145,10 @@ def commit_delta(sink: Sink, files: Iterable[DataFile], schema: pa.Schema) -> No
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else None
     try:
-        there = deltalake.DeltaTable(uri, storage_options=options) if deltalake.DeltaTable.is_deltatable(uri, options) else None
-        held = {path.rpartition("/")[2] for path in there.file_uris()} if there is not None else set()
+        there, held = None, set()
+        with contextlib.suppress(deltalake.exceptions.TableNotFoundError):  # is_deltatable would hold Python's lock while it waits
+            there = deltalake.DeltaTable(uri, storage_options=options)
+            held = {path.rpartition("/")[2] for path in there.file_uris()}
         actions = [_added(file) for file in wanted if file.name not in held]
         if there is None:
             create_table_with_add_actions(uri, table, actions, mode="error", partition_by=[], storage_options=options)
@@ -153,7 +156,7 @@ def commit_delta(sink: Sink, files: Iterable[DataFile], schema: pa.Schema) -> No
             there.create_write_transaction([*map(_added, wanted)], mode="overwrite", schema=table, partition_by=[])
         elif actions:
             there.create_write_transaction(actions, mode="append", schema=table, partition_by=[])
-    except deltalake.exceptions.DeltaError as error:
+    except (deltalake.exceptions.DeltaError, OSError) as error:
         raise StorageError(f"cannot commit the Delta table {uri!r}: {error}") from error
 
 

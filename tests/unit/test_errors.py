@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from headrace import errors
+from headrace import cli, errors
 from headrace.errors import ContractError, DefinitionError, HeadraceError, StageError, check_number, listing, nearest
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HeadraceError)]
@@ -15,6 +15,15 @@ def test_every_error_is_drawn_in_the_tree(kind):
     """The module's docstring names each kind of error once, and each has a docstring of its own."""
     assert errors.__doc__.count(kind.__name__) == 1
     assert kind.__doc__
+
+
+def test_exit_codes():
+    """What a shell script can tell apart; the command's own docstring lists the same numbers."""
+    codes = {kind.__name__: kind.exit_code for kind in KINDS}
+    failed = {"StageError": 1, "ContractError": 1, "RunError": 1, "DeadLetterError": 3, "ChangedError": 4, "TakenOverError": 5}
+    assert codes == dict.fromkeys(codes, 2) | failed | {"StorageError": 6, "LedgerError": 6, "StoppedError": 130}
+    told = {int(line.split()[0]) for line in cli.__doc__.splitlines() if line[:4].isspace() and line.strip()[:1].isdigit()}
+    assert told == {0, *codes.values()}
 
 
 @pytest.mark.parametrize("kind", [StageError, ContractError])

@@ -3,16 +3,32 @@
 import pytest
 
 from headrace import events
-from headrace.events import BlockDone, BudgetHalved, Event, FileWritten, ReplicaReady, RunFinished, RunStarted, UnitRead
+from headrace.events import (
+    BlockDone,
+    BudgetHalved,
+    Committed,
+    Event,
+    FileWritten,
+    ProcessDied,
+    ReplicaReady,
+    RunFinished,
+    RunStarted,
+    UnitLost,
+    UnitRead,
+)
 
 ALL = [
     RunStarted("reviews", ("a.parquet", "b.parquet"), "out", at_s=1.0),
     UnitRead(3, 100, at_s=2.0),
+    UnitRead(4, None, at_s=2.0),
+    UnitLost(5, "cannot read 'c.parquet'", at_s=2.5),
     ReplicaReady("embed", "node-1", "cuda", 2.5, at_s=3.0),
+    ProcessDied("block of embed", 2, at_s=3.5),
     BlockDone("embed", 100, 0.25, 900, 1000, at_s=4.0),
     BudgetHalved("embed", "32 rows", 2, at_s=5.0),
-    FileWritten("out/0.parquet", 100, 4096, at_s=6.0),
-    RunFinished(100, 100, 9.5, at_s=7.0),
+    FileWritten("part-0.parquet", 98, 4096, at_s=6.0),
+    Committed(98, 2, (("ValueError in embed", 1), ("ProcessDied in embed", 1)), at_s=6.5),
+    RunFinished(100, 98, 2, 9.5, at_s=7.0),
 ]
 
 
@@ -23,7 +39,7 @@ def test_every_kind_of_event_is_covered_here():
 
 @pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
 def test_round_trip(event):
-    """An event read from its own line is the same event."""
+    """An event read from its own line is the same event, pairs within it included."""
     assert events.from_json_lines(events.to_json_lines([event])) == [event]
 
 

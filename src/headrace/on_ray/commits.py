@@ -119,7 +119,7 @@ class Driver:
         with compat.stream(dataset) as blocks:
             try:
                 self._follow(blocks)
-            except (HeadraceError, ray.exceptions.RayError):
+            except (HeadraceError, ray.exceptions.RayError, compat.ExecutionTimeoutError):
                 # What is computed already is worth keeping, if that still goes; what stopped the run is told either way.
                 with contextlib.suppress(HeadraceError, ray.exceptions.RayError):
                     self._write_pending()

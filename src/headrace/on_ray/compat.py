@@ -21,12 +21,14 @@ from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockAccessor
+from ray.data.exceptions import ExecutionTimeoutError
 
 __all__ = [
     "ActorPoolStrategy",
     "BlockAccessor",
     "DataContext",
     "Dataset",
+    "ExecutionTimeoutError",
     "Finished",
     "context",
     "cores",

@@ -263,7 +263,7 @@ def _execute(plan: Plan, source: Source, units: Sequence[Unit], todo: Todo, driv
         try:
             with compat.DataContext.current(compat.context(compat.DataContext.get_current())):
                 settled = driver.run(lower(plan, source, todo=todo, log=driver.log))
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, compat.ExecutionTimeoutError) as error:  # the latter after half an hour without progress
             raise _translated(error) from error
         left = resume.todo(driver.ledger.state, units)
         todo = [(unit, rows) for unit, rows in left if unit.id not in driver.lost] if settled else []
