@@ -31,7 +31,7 @@ bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH=
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/batch_embed.py $(BENCH)
 
 faults: .venv/.ready-dev ## Kill, fill, freeze and damage, and count the rows (FAULTS=--record keeps the figures)
-	$(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/faults $(FAULTS)
 
 docs: .venv/.ready-dev ## Write docs/reference from the code
 	$(BIN)/python docs/generate.py

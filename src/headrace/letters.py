@@ -132,7 +132,7 @@ def consolidate(held: Ledger) -> None:
     state = held.state
     if sum(file.rows for file in state.letters.values()) == state.rows_dead:
         return
-    tables = [pq.read_table(io.BytesIO(held.store.read(f"{LETTERS}/{name}"))) for name in sorted(state.letters)]
+    tables = [pq.read_table(io.BytesIO(held.store.read(f"{LETTERS}/{name}"))) for name in state.letters]  # in the order of their commits
     every = pa.concat_tables(tables, promote_options="permissive")
     last = {key: at for at, key in enumerate(zip(every["unit"].to_pylist(), every["row"].to_pylist(), strict=True))}
     still = [at for (unit, row), at in sorted(last.items()) if unit in state.dead and state.dead[unit].overlaps(row, row + 1)]

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from headrace.errors import ChangedError
-from headrace.fingerprint import differences, refuse
+from headrace.fingerprint import OUTPUT_COLUMNS, differences, refuse
 from headrace.ledger import HOME
 from headrace.state import State
 from headrace.units import Source, Unit, write_units
@@ -19,6 +19,11 @@ Todo = list[tuple[Unit, list[tuple[int, int | None]]]]
 """The rows to run, as intervals per unit; one without an end goes on to the end of the unit."""
 
 _SHOWN = 4  # files named in a message
+_FIXED = {
+    "--where": "rows are counted behind the filter, so those that are done cannot be told apart any more",
+    OUTPUT_COLUMNS: "one output cannot hold both",
+}
+"""Facts that cannot change during the life of an output, and why."""
 GONE = "is gone from the input"  # how the reason ends, for a unit whose file was there once
 
 
@@ -57,11 +62,7 @@ def start(before: State | None, source: Source, *, request: Mapping[str, Any], f
     """
     if before is None or not (before.files or before.letters or before.finished):  # nothing is there to be kept
         return Start(State(request=request, facts=facts, units=table_name(source.units), unreadable=dict(source.unreadable)), source.units)
-    if (was_where := before.facts.get("--where")) != (where := facts.get("--where")):
-        raise ChangedError(
-            f"--where was {was_where!r} when the output was begun, and is {where!r} now: rows are counted behind the filter, "
-            "so those that are done cannot be told apart any more. Begin again with --restart, or keep the filter"
-        )
+    _refuse_other_output(before.facts, facts)
     table = old(before.units)
     changes = differences(before.facts, facts) + _changed_files([unit for unit in table if not is_gone(before.unreadable.get(unit.id))], source.units)
     state = replace(before, request=request, facts=facts, counts=dict(before.counts), unreadable=dict(before.unreadable))
@@ -144,16 +145,28 @@ def _settled(state: State, unit: Unit) -> int:
 
 
 def _refuse_other_rows(was: Unit, now: Unit, before: State) -> None:
+    """Refuse a file whose rows moved, as far as that can be told: where only reading counts them, by its size."""
     same_file = (was.size_bytes, was.modified_ns) == (now.size_bytes, now.modified_ns)  # of which --limit takes another part
-    if was.rows != now.rows and not same_file and (settled := _settled(before, was)):
+    sizes = (f"{was.rows} rows", f"{now.rows}") if was.rows is not None else (f"{was.size_bytes:,} bytes", f"{now.size_bytes:,}")
+    moved = was.rows != now.rows or (was.rows is None and was.size_bytes != now.size_bytes)
+    if moved and not same_file and (settled := _settled(before, was)):
         raise ChangedError(
-            f"{was.paths[0]!r} had {was.rows} rows when {settled} of them were run, and has {now.rows} now: "
+            f"{was.paths[0]!r} had {sizes[0]} when {settled} of its rows were run, and has {sizes[1]} now: "
             "they cannot be told apart any more. Begin again with --restart, or put the file back"
         )
 
 
+def _refuse_other_output(before: Mapping[str, str], facts: Mapping[str, str]) -> None:
+    """Refuse what cannot change during the life of an output, whatever the user accepts."""
+    for name, why in _FIXED.items():
+        if before.get(name) != facts.get(name):
+            raise ChangedError(
+                f"{name} was {before.get(name)!r} when the output was begun, and is {facts.get(name)!r} now: {why}. Begin again with --restart, or keep it"
+            )
+
+
 def _changed_files(old: Sequence[Unit], new: Sequence[Unit]) -> list[str]:
-    was, now = {unit.key: _version(unit) for unit in old}, {unit.key: _version(unit) for unit in new}
+    was, now = ({unit.key: (unit.size_bytes, unit.modified_ns) for unit in units} for units in (old, new))
     lines = []
     for what, keys in (
         ("new in the input", now.keys() - was.keys()),

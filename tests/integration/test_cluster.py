@@ -174,7 +174,7 @@ def test_submit(cluster: Cluster, pipeline_file: Path, command: Run) -> None:
     assert data["id"].to_pylist() == list(range(200)) and data["vector"][7].as_py() == [12.0, 0.0]
     assert "200 rows in" in done.stdout and (folder / "out/_SUCCESS").exists()
     again = command(*files)
-    assert again.returncode == 2 and "holds the finished run of this pipeline" in again.stdout
+    assert again.returncode == 4 and "embed.factor: was 2.0, is 1.0" in again.stdout and "code of" not in again.stdout
 
 
 def test_a_dashboard_that_does_not_answer(pipeline_file: Path, command: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -45,13 +44,14 @@ FILES = {
     "typed.py": ONE.replace("Column[str]", "Column[int]"),
     "nobody.py": ONE.replace('{"score": float}', '{"score": float}, on=hr.gpu(64, "H100")'),
     "short.py": PIPELINE.replace("for t in text]", "for t in text][1:]") + "reviews = hr.Pipeline('reviews', length)\n",
+    "setup.py": ONE.replace("    def __call__", "    def setup(self, device):\n        raise RuntimeError('no weights')\n\n    def __call__"),
     "divide.py": PIPELINE.replace("len(t) for", "1 // (len(t) - 6) for") + "reviews = hr.Pipeline('reviews', length)\n",
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The files above, an input, and outputs that are in use."""
+    """The files above, inputs, and an output that is in use."""
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "in").mkdir()
@@ -61,9 +61,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed/a.csv").write_text("text\nx\n")
     (tmp_path / "mixed/b.jsonl").write_text('{"text": "x"}\n')
-    for name, owner in (("mine", "reviews"), ("theirs", "others")):
-        (tmp_path / name / "_headrace").mkdir(parents=True)
-        (tmp_path / name / "_headrace/run.json").write_text(json.dumps({"pipeline": owner, "format": "parquet"}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").touch()
     return tmp_path
@@ -120,6 +117,10 @@ MISTAKES: list[tuple[str, Sequence[str], str]] = [
         ["reviews.py", *USUAL, "--sink", "json"],
         r"no output format 'json'; there are 'parquet', 'jsonl', 'delta'; did you mean 'jsonl'\?",
     ),
+    ("a bad share", ["reviews.py", *USUAL, "--max-dead-letters", "1.5"], r"--max-dead-letters must be a share such as 1% .* or a number .*, got '1.5'"),
+    ("two wishes at once", ["reviews.py", *USUAL, "--restart", "--accept-change"], r"--restart throws away what --accept-change would keep"),
+    ("an output with something in it", ["reviews.py", *INPUT, "-o", "full"], r"output 'full' holds no run of headrace: it has 'notes.txt'; choose an empty"),
+    ("the same, with --restart", ["reviews.py", *INPUT, "-o", "full", "--restart"], r"output 'full' holds no run of headrace: it has 'notes.txt'"),
     ("an unknown option", ["reviews.py", *USUAL, "--model", "x"], r"No such option"),
     ("no output", ["reviews.py", *INPUT], r"Missing option"),
 ]
@@ -137,6 +138,13 @@ def test_a_mistake_is_told_before_ray_starts(folder: Path, command: Run, argumen
     }
     told(command("run", *arguments, **unreachable), 2, message)
     assert not (folder / "out").exists()
+
+
+def test_mistakes_of_a_replay(folder: Path, command: Run) -> None:
+    """A folder without a run, or none at all."""
+    told(command("replay", "in"), 2, r"'in' holds no run of headrace; name the folder that a run wrote to")
+    told(command("replay", "none"), 2, r"'none' holds no run of headrace")
+    assert not (folder / "none").exists() and os.listdir(folder / "in") == ["a.parquet"]
 
 
 def test_mistakes_in_the_definition_are_placed(folder: Path, command: Run) -> None:
@@ -162,18 +170,16 @@ def address(shared_ray: None) -> str:
 
 
 RUNNING: list[tuple[str, Sequence[str], int, str]] = [
-    ("an output of another pipeline", ["reviews.py", *INPUT, "-o", "theirs"], 2, r"output 'theirs' holds the unfinished run of another pipeline, 'others'"),
-    ("an output that was used", ["reviews.py", *INPUT, "-o", "mine"], 2, r"output 'mine' holds the unfinished run of this pipeline; choose an empty folder"),
-    ("an output with something in it", ["reviews.py", *INPUT, "-o", "full"], 2, r"output 'full' is not empty: it holds 'notes.txt'; choose an empty folder"),
     ("hardware that nobody has", ["nobody.py", *USUAL], 2, r"stage 'score' asks for gpu\(64, H100\), and no node has it; the cluster has .*CPUs"),
-    ("a stage that returns too few rows", ["short.py", *USUAL], 1, r"stage 'length' returned a wrong 'length', declared as int: \d+ values for \d+ rows"),
-    ("a stage that raises", ["divide.py", *USUAL], 1, r"(?s)line 7, in length.*error: stage 'length' raised: ZeroDivisionError"),
+    ("a set-up that fails", ["setup.py", *USUAL], 1, r"(?s)line 16, in setup.*error: stage 'score' setup failed: RuntimeError: no weights"),
+    ("a stage that returns too few rows", ["short.py", *USUAL], 3, r"20 rows of 20 failed.* allows 1. length: ContractError: .* 0 values for 1 rows"),
+    ("a stage that raises", ["divide.py", *USUAL], 3, r"(?s)10 rows of 20 failed.* allows 1. length: ZeroDivisionError: .*line 7, in length"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [case[1:] for case in RUNNING], ids=[case[0] for case in RUNNING])
 def test_a_mistake_that_only_a_run_finds(folder: Path, command: Run, address: str, arguments: Sequence[str], code: int, message: str) -> None:
-    """2 for what can be mended before anything runs, 1 for a stage that fails, with the user's own frames."""
+    """2 for what can be mended before anything runs, 1 for a stage that cannot be set up, 3 for rows that fail, with the user's own frames."""
     told(command("run", *arguments, "-q", "--address", address), code, message)
     assert not (folder / "out/_SUCCESS").exists()
 

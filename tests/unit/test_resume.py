@@ -136,7 +136,9 @@ def test_a_file_that_changed() -> None:
 def test_rows_that_cannot_be_told_apart() -> None:
     """A row group with settled rows that has another number of rows now is refused, whatever the mode; without settled rows it is not."""
     before = state_of([A, B], done={0: [(0, 4)]}, dead={0: [(4, 5)]})
-    with pytest.raises(ChangedError, match="'/in/a' had 10 rows when 5 of them were run, and has 9 now: .*Begin again with --restart, or put the file back"):
+    with pytest.raises(
+        ChangedError, match="'/in/a' had 10 rows when 5 of its rows were run, and has 9 now: .*Begin again with --restart, or put the file back"
+    ):
         begin(before, [A, B], source_of(replace(A, rows=9, size_bytes=9), B))
     here = begin(before, [A, B], source_of(A, replace(B, rows=9, size_bytes=9)))
     assert left(here) == {0: [(5, 10)], 1: [(0, 9)]}
@@ -153,14 +155,29 @@ def test_code_and_settings() -> None:
 def test_another_filter() -> None:
     """Rows are numbered behind it: those that are done would be taken for others, so nothing but a restart helps."""
     before = state_of([A], done={0: [(0, 1)]})
-    with pytest.raises(ChangedError, match="--where was None when the output was begun, and is 'x > 1' now: .* Begin again with --restart, or keep the filter"):
+    with pytest.raises(ChangedError, match="--where was None when the output was begun, and is 'x > 1' now: .* Begin again with --restart, or keep it"):
         begin(before, [A], source_of(A), facts={**FACTS, "--where": "x > 1"})
+
+
+def test_other_columns() -> None:
+    """One output has the same columns in all of its files."""
+    before = state_of([A], done={0: [(0, 1)]})
+    with pytest.raises(ChangedError, match="the output's columns was None when the output was begun, and is 'y: int64' now: one output cannot hold both"):
+        begin(before, [A], source_of(A), facts={**FACTS, "the output's columns": "y: int64"})
+
+
+def test_an_edited_text_file() -> None:
+    """Its rows are known by their place: of another size it is refused once rows of it are settled."""
+    text = replace(A, row_group=None, rows=None)
+    with pytest.raises(ChangedError, match="had 100 bytes when 4 of its rows were run, and has 120 now"):
+        begin(state_of([text], done={0: [(0, 4)]}), [text], source_of(replace(text, size_bytes=120, modified_ns=2)))
 
 
 def test_another_limit() -> None:
     """More rows of the same file are run beside those that are done; fewer leave them as they are."""
     before = state_of([A], done={0: [(0, 10)]})
-    assert left(begin(before, [A], source_of(replace(A, rows=15)))) == {0: [(10, 15)]}
+    more = begin(before, [A], source_of(replace(A, rows=15)))
+    assert (left(more), more.changes) == ({0: [(10, 15)]}, ()), "the flag itself is told among the facts"
     assert left(begin(before, [A], source_of(replace(A, rows=None)))) == {0: [(10, None)]}
     assert left(begin(before, [A], source_of(replace(A, rows=5)))) == {}
 

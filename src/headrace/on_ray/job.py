@@ -147,7 +147,7 @@ class Job:
     def run(self, *, mode: Mode, allowance: Allowance, connect: Connect, watch: Watch) -> Report:
         """Run it; see `run` above."""
         store, output = self.sink.store, self.sink.place.uri
-        facts = fingerprint.facts(self.pipeline, self.request)
+        facts = fingerprint.facts(self.pipeline, self.request, {field.name: field.type for field in self.schema})
 
         def begin(before: State | None) -> Start:
             here = resume.start(before, self.source, request=self.request, facts=facts, old=partial(_unit_table, store))

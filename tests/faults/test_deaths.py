@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of a run: rows in are rows out still, and none comes twice."""
+"""A worker that dies once, at a certain row: the row is not to blame, and no row is lost or doubled."""
 
 from __future__ import annotations
 
