@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from harness import SEED, SLOW, Moment, title
+from harness import SEED, SLOW, Moment
 
 pytestmark = pytest.mark.faults
 
@@ -53,29 +51,5 @@ def test_a_driver_wakes_up_when_another_run_has_finished(stage: Any, turn: int) 
     before = {path for path in scene.output.paths() if not path.startswith("_headrace/")}
     os.kill(sleeper.process.pid, signal.SIGCONT)
     assert sleeper.wait() == (0 if was_done else 5), sleeper.said
-    assert {path for path in scene.output.paths() if not path.startswith("_headrace/")} == before
-    scene.check(1, litter=True)
-
-
-@pytest.mark.parametrize("when", ["before", "between"])
-def test_a_writing_worker_wakes_up_when_another_run_has_finished(stage: Any, tmp_path: Path, when: str) -> None:
-    """Its driver was killed, and with it everything else. The file that it then writes counts for nothing."""
-    scene = stage("a frozen writing worker wakes up")
-    mark = tmp_path / "frozen"
-    plan = {"strike": {"who": "worker", "only": "staging/", "at": 0, "when": when, "signal": signal.SIGSTOP, "mark": str(mark)}}
-    run = scene.start(plan=plan)
-    frozen: list[psutil.Process] = []
-    while not frozen:
-        assert run.alive, run.said
-        frozen = [process for process in run.members("ray::") if process.status() == psutil.STATUS_STOPPED]
-    assert title(frozen[0]).startswith(("ray::write", "ray::merge"))
-    for process in [*run.members(""), *run.members("")]:
-        if process.pid != frozen[0].pid and process.is_running():
-            process.kill()
-    scene.finish()
-    scene.output.check(scene.wanted, litter=True)
-    before = {path for path in scene.output.paths() if not path.startswith("_headrace/")}
-    frozen[0].resume()
-    psutil.wait_procs(frozen, timeout=60)  # it finds that its raylet is gone
     assert {path for path in scene.output.paths() if not path.startswith("_headrace/")} == before
     scene.check(1, litter=True)

@@ -66,11 +66,11 @@ class Scenario:
 A_B, ALIKE = (merging("a"), merging("b")), {"alike": True}
 SCENARIOS = {
     "two runs": Scenario(programs=A_B, quick=2, game=ALIKE),
-    "two runs of falling names": Scenario(programs=A_B[::-1], quick=1, game=ALIKE),
-    "files are published at once": Scenario(programs=[Run(token="a"), Run(token="b")], quick=1, game=ALIKE),
+    "two runs of falling names": Scenario(programs=A_B[::-1], quick=None, game=ALIKE),
+    "files are published at once": Scenario(programs=[Run(token="a"), Run(token="b")], quick=None, game=ALIKE),
     "one publishes what the other merges": Scenario(programs=[Run(token="a"), merging("b")], quick=1),
-    "three runs": Scenario(programs=[*A_B, merging("c")], quick=1, deep=3, game=ALIKE),
-    "a zombie worker": Scenario(programs=A_B, quick=1, game={"strays": STRAY, **ALIKE}),
+    "three runs": Scenario(programs=[*A_B, merging("c")], quick=1, deep=4, game=ALIKE),
+    "a zombie worker": Scenario(programs=A_B, quick=0, game={"strays": STRAY, **ALIKE}),
     "a put whose answer is lost": Scenario(programs=A_B, quick=0, game={"faults": 1, **ALIKE}),
     "a put that is given up": Scenario(programs=A_B, quick=0, limits={"_PUTS": 1}, game={"faults": 1, **ALIKE}),
     "a run that goes on after a put was given up": Scenario(
@@ -80,8 +80,8 @@ SCENARIOS = {
     "compaction and a lost answer": Scenario(
         programs=[Run(token="a", segment=1), Run(token="b", segment=1)], quick=None, deep=2, limits={"_COMPACT_AFTER": 2}, game={"faults": 1, **ALIKE}
     ),
-    "dead letters": Scenario(programs=[merging("a", deadly=BAD), merging("b", deadly=BAD)], quick=1, resumer=merging("zz", deadly=BAD), game=ALIKE),
-    "dead rows become done": Scenario(programs=[merging("a", deadly=BAD), merging("b", retry=True)], quick=1),
+    "dead letters": Scenario(programs=[merging("a", deadly=BAD), merging("b", deadly=BAD)], quick=0, resumer=merging("zz", deadly=BAD), game=ALIKE),
+    "dead rows become done": Scenario(programs=[merging("a", deadly=BAD), merging("b", retry=True)], quick=0),
     "a retry of a finished output": Scenario(
         programs=[merging("a", retry=True), merging("b", retry=True)],
         quick=1,
@@ -90,7 +90,7 @@ SCENARIOS = {
         game=ALIKE,
     ),
     "a retry that fails again": Scenario(
-        programs=[merging("a", retry=True, deadly=BAD), merging("b", retry=True)], quick=1, before=[Run(token="o", deadly=BAD)], resumer=merging("zz", looks=True)
+        programs=[merging("a", retry=True, deadly=BAD), merging("b", retry=True)], quick=0, before=[Run(token="o", deadly=BAD)], resumer=merging("zz", looks=True)
     ),
     "an output without its _SUCCESS": Scenario(programs=A_B, quick=1, before=[Run(token="o")], without=[SUCCESS], resumer=merging("zz", looks=True), game=ALIKE),
     "a finished output": Scenario(
@@ -103,7 +103,7 @@ SCENARIOS = {
     ),
     "a restart": Scenario(programs=[merging("a"), merging("b", restart=True)], quick=1, laws={"promised": 0, "for_ever": False}),
     "a reader": Scenario(programs=[merging("a"), read], quick=2, killed=Run(token="o"), laws={"resumes": False}, game={"reader": 1}),
-    "a reader and two runs": Scenario(programs=[merging("a"), merging("b"), read], quick=1, deep=3, laws={"resumes": False}, game={"reader": 2}),
+    "a reader and two runs": Scenario(programs=[merging("a"), merging("b"), read], quick=0, deep=3, laws={"resumes": False}, game={"reader": 2}),
 }
 STORES = {"disk": True, "object store": False}
 
