@@ -20,6 +20,8 @@ from pyarrow import fs
 from headrace.errors import StorageError
 from headrace.filesystems import Place
 
+_DELETES = 10  # attempts
+
 _WHOLE = ("s3", "gcs", "abfs", "py::fsspec+('s3', 's3a')", "py::fsspec+memory")
 """File systems on which a file appears when it is complete: there is nothing to rename, and renaming would be a copy."""
 
@@ -53,7 +55,10 @@ class Folder:
         """See `Store`."""
         with self._named("list", folder):
             selector = fs.FileSelector(self._path(folder), allow_not_found=True)
-            return sorted(info.base_name for info in self.place.filesystem.get_file_info(selector))
+            try:
+                return sorted(info.base_name for info in self.place.filesystem.get_file_info(selector))
+            except FileNotFoundError:
+                return []  # it went while it was listed
 
     def read(self, name: str) -> bytes:
         """See `Store`."""
@@ -89,14 +94,19 @@ class Folder:
     def delete(self, name: str) -> None:
         """See `Store`."""
         with self._named("delete", name):
-            info = self.place.filesystem.get_file_info(self._path(name))
-            try:
-                if info.type == fs.FileType.Directory:
-                    self.place.filesystem.delete_dir(info.path)
-                elif info.type != fs.FileType.NotFound:
-                    self.place.filesystem.delete_file(info.path)
-            except FileNotFoundError:
-                return  # somebody else was faster
+            for left in reversed(range(_DELETES)):
+                info = self.place.filesystem.get_file_info(self._path(name))
+                try:
+                    if info.type == fs.FileType.Directory:
+                        self.place.filesystem.delete_dir(info.path)
+                    elif info.type != fs.FileType.NotFound:
+                        self.place.filesystem.delete_file(info.path)
+                    return
+                except FileNotFoundError:
+                    continue  # somebody else deletes it as well, and may be half-way
+                except OSError:
+                    if not left:  # a worker that does not know yet that its run is over may write into it
+                        raise
 
     def _path(self, name: str) -> str:
         return self.place.child(name).path if name else self.place.path

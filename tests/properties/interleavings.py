@@ -26,7 +26,7 @@ CLAIMS, SUCCESS = "_headrace/ledger/claims/", "_SUCCESS"
 ABSENT, REFUSED = "FileNotFoundError", "StorageError"
 
 
-class Violation(AssertionError):
+class LawError(AssertionError):
     """A state that must not be, and the shortest way there."""
 
 
@@ -315,7 +315,7 @@ def explore(game: Game, *, most: int | None = None) -> tuple[int, bool]:
     hundred thousand.
 
     Raises:
-        Violation: a law is broken; with the steps that lead there.
+        LawError: a law is broken; with the steps that lead there.
     """
     first = game.start()
     before: dict[int, int] = {hash(first): 0}
@@ -325,7 +325,7 @@ def explore(game: Game, *, most: int | None = None) -> tuple[int, bool]:
         try:
             game.check(state)
         except AssertionError as broken:
-            raise Violation(f"{broken}\n{story(game, first, before, state)}") from None
+            raise LawError(f"{broken}\n{story(game, first, before, state)}") from None
         if most is not None and len(before) >= most:
             continue
         here = hash(state)
@@ -352,7 +352,7 @@ def follow(game: Game, schedule: Sequence[tuple[int, int]]) -> State:
     """Play one order: `(which, steps)` is the `which`th of what can happen, taken so many times.
 
     Raises:
-        Violation: a law is broken; with the steps that lead there.
+        LawError: a law is broken; with the steps that lead there.
     """
     first = state = game.start()
     before: dict[int, int] = {hash(first): 0}
@@ -367,5 +367,5 @@ def follow(game: Game, schedule: Sequence[tuple[int, int]]) -> State:
             try:
                 game.check(state)
             except AssertionError as broken:
-                raise Violation(f"{broken}\n{story(game, first, before, state)}") from None
+                raise LawError(f"{broken}\n{story(game, first, before, state)}") from None
     return state

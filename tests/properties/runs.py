@@ -13,12 +13,13 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+from interleavings import Asking, Disk, alone
+
 from headrace import ledger
 from headrace.errors import LedgerError, StorageError, TakenOverError
 from headrace.intervals import Intervals
 from headrace.ledger import LETTERS, SUCCESS, Ledger, staged
 from headrace.state import Change, DataFile, State
-from interleavings import Asking, Disk, alone
 
 UNITS = {0: 3, 1: 1}
 ROWS = [(unit, row) for unit, rows in UNITS.items() for row in range(rows)]
@@ -42,7 +43,7 @@ def spans(rows: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
 
 
 def deterministic_names() -> SimpleNamespace:
-    """Stands for the module `uuid`: the names that a run gives to its files come from a count; `again` begins it anew."""
+    """Stands for the module `uuid`: the names that a run gives to its files come from a count, which each run begins anew."""
     names = SimpleNamespace(numbers=count())
     names.uuid4 = lambda: SimpleNamespace(hex=f"{next(names.numbers):08x}")
     return names
@@ -52,9 +53,10 @@ def deterministic_names() -> SimpleNamespace:
 class Run:
     """A run as `headrace.on_ray` drives it: look, claim, begin, write and commit, merge, publish, clear up letters, finish.
 
-    `rows` is the input, `segment` how many rows go into a file, and `deadly` the rows that fail. With `looks` it leaves a finished output alone.
-    With `merges` all files that are not published are merged into one. `retry` and `restart` are what the modes are. A `stubborn` run
-    commits what it can after the store refused something, as the real one does. `wrongly` publishes before it commits.
+    `rows` is the input, `segment` how many rows go into a file, and `deadly` the rows that fail. With `looks` it leaves a
+    finished output alone. With `merges` all files that are not published are merged into one. `retry` and `restart` are the
+    modes of that name. A `stubborn` run commits what it can after the store refused something, as the real one does. One that
+    does it `wrongly` publishes before it commits.
     """
 
     token: str
@@ -178,10 +180,11 @@ def read(store: Asking) -> int:
 
 @dataclass(slots=True, kw_only=True)
 class Laws:
-    """What must hold in every state; see `test_protocol.py`. `resumer` is the run that comes when all others have died.
+    """What must hold in every state; see `test_protocol.py`.
 
-    `promised` are the rows that the output holds whenever `_SUCCESS` is there; with `whole`, those or all, and nothing between. `for_ever` is whether what is committed
-    stays so, which a restart ends.
+    `resumer` is the run that comes when all others have died. `promised` are the rows that the output holds whenever `_SUCCESS` is
+    there; with `whole`, those or all, and nothing between. `for_ever` is whether what is committed stays so, which a restart
+    ends, and `resumes` whether to try what comes of every state.
     """
 
     resumer: Callable[[Asking], Any]
@@ -193,7 +196,7 @@ class Laws:
 
     def on_disk(self, disk: Disk, kept: int) -> None:
         """1 to 3, then 4 for a store that was not seen before."""
-        done, dead, files = view(disk)
+        done, dead, _ = view(disk)
         if self.for_ever:
             assert not kept & ~(done | dead), f"rows {kept & ~(done | dead):b} were committed, and the ledger does not know them any more"
         if SUCCESS in disk:

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from hypothesis import given
 from hypothesis import strategies as st
+from interleavings import Game, LawError, Program, alone, explore, follow
+from runs import ROWS, STAGING, SUCCESS, Laws, Run, read
 
-import runs
 from headrace import ledger
-from interleavings import Game, Program, Violation, alone, explore, follow
-from runs import ALL, ROWS, STAGING, SUCCESS, Laws, Run, read
 
 STRAY = ((f"{STAGING}/000001-a/part-000001-a-zombie.json", b"[[0, 0], [0, 1]]"),)
 BAD = frozenset({(0, 1)})
@@ -90,9 +90,14 @@ SCENARIOS = {
         game=ALIKE,
     ),
     "a retry that fails again": Scenario(
-        programs=[merging("a", retry=True, deadly=BAD), merging("b", retry=True)], quick=0, before=[Run(token="o", deadly=BAD)], resumer=merging("zz", looks=True)
+        programs=[merging("a", retry=True, deadly=BAD), merging("b", retry=True)],
+        quick=0,
+        before=[Run(token="o", deadly=BAD)],
+        resumer=merging("zz", looks=True),
     ),
-    "an output without its _SUCCESS": Scenario(programs=A_B, quick=1, before=[Run(token="o")], without=[SUCCESS], resumer=merging("zz", looks=True), game=ALIKE),
+    "an output without its _SUCCESS": Scenario(
+        programs=A_B, quick=1, before=[Run(token="o")], without=[SUCCESS], resumer=merging("zz", looks=True), game=ALIKE
+    ),
     "a finished output": Scenario(
         programs=[merging("a", looks=True), merging("b", looks=True)], quick=-1, before=[Run(token="o")], resumer=merging("zz", looks=True), game=ALIKE
     ),
@@ -215,8 +220,18 @@ MUTANTS = {
     "commits go on after a put was given up": ("a run that goes on after a put was given up", 0, "if self._refused:", "if False:"),
     "a reader looks once": ("a reader", 2, "    if _newest(store, below)[0] != run:\n        raise", "    if False:\n        raise"),
     "finished is enough": ("a retry of a finished output", 1, "and held == state.files.keys() | state.letters.keys()", ""),
-    "letters go before new ones come": ("a retry that fails again", 1, "        for file in change.letters:\n            self.publish(file.name)", "        pass"),
-    "_SUCCESS stays while the input grows": ("an input that grew, and nobody else", 0, "if not state.finished:\n            self.store.delete", "if False:\n            self.store.delete"),
+    "letters go before new ones come": (
+        "a retry that fails again",
+        1,
+        "        for file in change.letters:\n            self.publish(file.name)",
+        "        pass",
+    ),
+    "_SUCCESS stays while the input grows": (
+        "an input that grew, and nobody else",
+        0,
+        "if not state.finished:\n            self.store.delete",
+        "if False:\n            self.store.delete",
+    ),
 }
 QUICK_MUTANTS = ("no look after a record", "no last look", "compaction deletes first", "a reader looks once")
 
@@ -240,7 +255,7 @@ def caught(name: str, mutated: Callable[[str, str], None]) -> str:
     """The law that a mutant breaks."""
     scenario, switches, old, new = MUTANTS[name]
     mutated(old, new)
-    with pytest.raises(Violation) as broken:
+    with pytest.raises(LawError) as broken:
         played(SCENARIOS[scenario], renames=False, switches=switches)
     return str(broken.value).partition("\n")[0]
 
@@ -260,7 +275,7 @@ def test_each_rule_of_the_protocol_is_needed(name: str, mutated: Callable[[str, 
 
 @pytest.mark.faults
 def test_a_driver_that_publishes_before_it_commits_is_caught() -> None:
-    with pytest.raises(Violation):
+    with pytest.raises(LawError):
         played(Scenario(programs=[Run(token="a", wrongly=True), merging("b")], quick=2), renames=False, switches=2)
 
 
