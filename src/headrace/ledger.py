@@ -168,9 +168,9 @@ class Ledger:
         """
         if self._refused:
             raise self._refused
-        if len(change.to_json()):
+        if values := change.to_json():
             self.state.apply(change)
-            self._put(f"record-{self._records:06d}", change.to_json())
+            self._put(f"record-{self._records:06d}", values)
             self._records += 1
             self.check()
             if self._records - self._base >= _COMPACT_AFTER:

@@ -165,8 +165,12 @@ class Run:
 
 def _rest(store: Asking, *memory: object) -> None:
     """Nothing that a run did matters any more but this, and how many names it has given."""
-    told = [sorted((name, repr(value)) for name, value in vars(one).items() if name != "store") if hasattr(one, "__dict__") else repr(one) for one in memory]
+    told = [sorted((name, _told(value)) for name, value in vars(one).items() if name != "store") if hasattr(one, "__dict__") else repr(one) for one in memory]
     store.rest(f"{told} {ledger.uuid.numbers}")  # type: ignore[attr-defined]
+
+
+def _told(value: object) -> str:
+    return repr(sorted(value) if isinstance(value, set) else value)
 
 
 def read(store: Asking) -> int:

@@ -194,7 +194,7 @@ def test_no_random_order_breaks_a_law(options, bursts, renames, faults, compact,
 
 CLAIM = '        store.put(f"{_CLAIMS}/{ledger.run}", b"")\n        ledger.check()\n        try:\n            return ledger, '
 LOAD = "load(store, below=ledger.run)"
-RECORD = '            self._put(f"record-{self._records:06d}", change.to_json())\n            self._records += 1\n'
+RECORD = '            self._put(f"record-{self._records:06d}", values)\n            self._records += 1\n'
 LOOK = "            self.check()\n"
 COMPACT = '        self.store.delete(f"{_LEDGER}/{self.run}/base-{old:06d}")\n'
 IS_OURS = "if made and made[1] <= self.run and name not in known"
