@@ -17,8 +17,8 @@ demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
-	$(BIN)/python -m pytest tests/unit tests/properties tests/test_architecture.py
-	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/properties --ignore=tests/test_architecture.py
+	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
 
 check: .venv/.ready-dev ## Check style, types, import rings, and that the reference is up to date
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH=
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/batch_embed.py $(BENCH)
 
 faults: .venv/.ready-dev ## Kill, fill, freeze and damage, and count the rows (FAULTS=--record keeps the figures)
-	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/faults $(FAULTS)
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/properties tests/faults $(FAULTS)
 
 docs: .venv/.ready-dev ## Write docs/reference from the code
 	$(BIN)/python docs/generate.py
