@@ -19,11 +19,40 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run began."""
+    """A run began. `asked_s` is when the command was given; `rows` are those of the input, if known, and `before` those settled by earlier runs."""
 
     pipeline: str
     inputs: tuple[str, ...]
     output: str
+    run: str = ""
+    asked_s: float | None = None
+    rows: int | None = None
+    before: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlanned(Event):
+    """A part of the run, in the order in which rows pass: `kind` is `reader`, `tasks`, `model` or `writer`.
+
+    `cpus` and `gpus` are those of one task or replica; `rules` are the batch rules of its stages.
+    """
+
+    group: str
+    kind: str
+    cpus: float = 0.0
+    gpus: float = 0.0
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSampled(Event):
+    """What a group was doing at this moment: blocks that wait for it, tasks of it that run, replicas that are ready, and that get ready."""
+
+    group: str
+    queued: int
+    running: int
+    replicas: int = 0
+    starting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +81,15 @@ class ProcessDied(Event):
 
 @dataclass(frozen=True, slots=True)
 class Committed(Event):
-    """Rows are done, or given up as dead letters, and stay so whatever happens. `causes` counts what failed, and why."""
+    """Rows are done, or given up as dead letters, and stay so whatever happens. `causes` counts what failed, and why.
+
+    `share` is the part of the run's input that these rows are, by its bytes; None while that is not known.
+    """
 
     rows: int
     dead: int
     causes: tuple[tuple[str, int], ...] = ()
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +124,12 @@ class BudgetHalved(Event):
 
 @dataclass(frozen=True, slots=True)
 class FileWritten(Event):
-    """A file of the output is complete."""
+    """A file of the output is complete, which took `busy_s`."""
 
     path: str
     rows: int
     bytes: int
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +140,14 @@ class RunFinished(Event):
     rows_out: int
     dead: int
     wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailed(Event):
+    """A run ended early; what it committed stays. `error` is the class of the error."""
+
+    error: str
+    message: str
 
 
 def to_json_lines(events: Iterable[Event]) -> str:

@@ -1,25 +1,33 @@
-"""The record of a run beside its output: every event as a line, and the sums that the report is made of."""
+"""The record of a run beside its output: its plan, every event as a line, and the report as JSON and as a page."""
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import IO
 
 import pyarrow as pa
 
 from headrace import sinks
+from headrace.advice import bottleneck
 from headrace.errors import StorageError
-from headrace.events import Event, to_json_lines
+from headrace.events import Event, GroupPlanned, RunFailed, RunStarted, to_json_lines
 from headrace.ledger import HOME
-from headrace.report import Tally
+from headrace.plan import Group, Plan, explain
+from headrace.report import Report
+from headrace.state import State
+from headrace.tally import READER, WRITER, Tally
 
 
 class Record:
     """Collects a run's events. They are spooled to a local file, so that memory does not grow with the run.
 
-    On leaving, `_headrace/events-<run>.jsonl` is written beside the output, whether the run succeeded or not.
+    On leaving, these are written into `_headrace` beside the output, whether the run succeeded or not: `events-<run>.jsonl`,
+    `report.json`, `report.html`. `state` is what the output holds, and `lost` units that are given up; set by the job.
     """
 
     def __init__(self, sink: sinks.Sink, run: str, watch: Callable[[Sequence[Event]], None]) -> None:
@@ -27,7 +35,15 @@ class Record:
         self.run = run
         self.watch = watch
         self.tally = Tally()
+        self.state: State | None = None
+        self.lost: Mapping[int, str] = {}
         self._spool = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the run, and __exit__ closes it
+
+    def begin(self, started: RunStarted, plan: Plan) -> None:
+        """Note the start of the run, and its parts in the order in which rows pass."""
+        groups = [GroupPlanned(READER, "reader"), *(_planned(group) for group in plan.groups), GroupPlanned(WRITER, "writer")]
+        self.add([started, *groups])
+        self._put("plan.txt", explain(plan) + "\n")
 
     def add(self, events: Sequence[Event]) -> None:
         """Note events, and show them to whoever watches."""
@@ -35,17 +51,37 @@ class Record:
         self.tally.add(events)
         self.watch(events)
 
+    def report(self) -> Report:
+        """The report of the run as it stands."""
+        return Report.of(self.tally, output=self.sink.place.uri, state=self.state, lost=self.lost or None)
+
     def __enter__(self) -> Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        place = self.sink.place.child(f"{HOME}/events-{self.run}.jsonl")
-        self._spool.seek(0)
+        if error is not None:
+            self.add([RunFailed(type(error).__name__, str(error).partition("\n")[0])])
         try:
-            with place.filesystem.open_output_stream(place.path) as stream:
-                shutil.copyfileobj(self._spool, stream)
-        except (OSError, pa.ArrowException) as cause:
+            self._spool.seek(0)
+            self._put(f"events-{self.run}.jsonl", self._spool)
+            report = self.report()
+            self._put("report.json", json.dumps({**report.to_dict(), "bottleneck": bottleneck(report)}, indent=2) + "\n")
+        except StorageError:
             if error is None:  # a failed run has its own, more telling error
-                raise StorageError(f"cannot write the events of the run to {place.uri!r}: {cause}") from cause
+                raise
         finally:
             self._spool.close()
+
+    def _put(self, name: str, content: str | IO[bytes]) -> None:
+        place = self.sink.place.child(f"{HOME}/{name}")
+        try:
+            with place.filesystem.open_output_stream(place.path) as stream:
+                shutil.copyfileobj(io.BytesIO(content.encode()) if isinstance(content, str) else content, stream)
+        except (OSError, pa.ArrowException) as cause:
+            raise StorageError(f"cannot write the record of the run to {place.uri!r}: {cause}") from cause
+
+
+def _planned(group: Group) -> GroupPlanned:
+    hardware = group.choice.hardware
+    rules = tuple(dict.fromkeys(str(stage.batch) for stage in group.stages))
+    return GroupPlanned(group.name, "model" if group.replicas else "tasks", hardware.cpus, hardware.gpus, rules)

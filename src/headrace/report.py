@@ -1,40 +1,116 @@
-"""The report of a run: a pure summary of its events."""
+"""The report of a run: what it did, where its time went, and what its output holds. Also of one that is still going on."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from headrace.events import BlockDone, BudgetHalved, Committed, Event, ReplicaReady, RunFinished
+from headrace.events import BudgetHalved, GroupPlanned, RunFinished, RunStarted
 from headrace.ledger import LETTERS
 from headrace.state import State
+from headrace.tally import GroupSums, Tally, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Where the time of a group went, as shares that add up to 1.
+
+    `computing`; `starved`, because no block was there; `blocked`, because what comes after could not take more; and `between`
+    blocks, which is what handing them over costs. Of a model, it is the time of its replicas from the moment they are ready; of
+    all else the time of the run.
+    """
+
+    computing: float
+    starved: float
+    blocked: float
+    between: float
+
+    @staticmethod
+    def of(sums: GroupSums) -> Shares | None:
+        """The shares, or None before anything is known."""
+        if not sums.replica_s:
+            return None
+        idle_s = sums.starved_s + sums.blocked_s
+        busy_s = sums.busy_s if sums.plan.kind == "model" else sums.replica_s - idle_s
+        between_s = max(0.0, sums.replica_s - idle_s - busy_s)
+        total_s = busy_s + idle_s + between_s
+        return Shares(busy_s / total_s, sums.starved_s / total_s, sums.blocked_s / total_s, between_s / total_s)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
-    """What one group did. `busy_s` adds up over replicas; `padding` is the share of tokens that were padding (0 to 1)."""
+    """What one group did; its name, kind and hardware are those of `events.GroupPlanned`.
+
+    `busy_s` adds up over replicas and tasks; `padding` is the share of tokens that were padding (0 to 1); `rows_per_s` runs from
+    the start of its first block to the end of its last. Of the last moments are `now_per_s`, in rows, `busy_share`, `queued` blocks,
+    `running` tasks, and replicas `ready` and `starting`.
+    """
 
     name: str
+    kind: str
+    cpus: float
+    gpus: float
+    rules: tuple[str, ...]
     rows: int
     busy_s: float
     replicas: int
     setup_s: float
     padding: float
+    rows_per_s: float
+    shares: Shares | None
+    now_per_s: float = 0.0
+    busy_share: float | None = None
+    queued: int = 0
+    running: int = 0
+    ready: int = 0
+    starting: int = 0
+
+    @staticmethod
+    def of(sums: GroupSums, tally: Tally) -> GroupReport:
+        """The sums as figures."""
+        plan, last, timeline = sums.plan, sums.last, tally.timeline
+        return GroupReport(
+            name=plan.group,
+            kind=plan.kind,
+            cpus=plan.cpus,
+            gpus=plan.gpus,
+            rules=plan.rules,
+            rows=sums.rows,
+            busy_s=sums.busy_s,
+            replicas=sums.replicas,
+            setup_s=sums.setup_s,
+            padding=1 - sums.tokens / sums.padded_tokens if sums.padded_tokens else 0.0,
+            rows_per_s=sums.rows / max(sums.last_s - sums.first_s, 1e-9) if sums.rows else 0.0,
+            shares=Shares.of(sums),
+            now_per_s=timeline.rate(f"rows {plan.group}", tally.last_s) if timeline else 0.0,
+            busy_share=sums.busy_share,
+            queued=last.queued if last else 0,
+            running=last.running if last else 0,
+            ready=last.replicas if last else 0,
+            starting=last.starting if last else 0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a run did, and what its output holds.
 
-    `rows_in` is `rows_out` plus `dead_letters`, over all runs of the job; `rows_before` of them were settled by earlier runs.
-    `unreadable` says which input files could not be read, or not to their end. `steady_rows_per_s` is that of the slowest
-    group, set-up excluded.
+    `state` is `running`, `succeeded`, `stopped` or `failed`, the last with an `error`. `rows_in` is `rows_out` plus
+    `dead_letters`, over all runs of the job; `rows_before` of them were settled by earlier runs; `rows` are those of the input, if
+    known. `unreadable` says which input files could not be read, or not to their end. `share` is how much of this run's work is
+    done, 0 to 1, and `eta_s` how long the rest should take. `first_rows_s` is when the first rows had passed through all groups, in
+    seconds from the command. `steady_rows_per_s` is that of the slowest group, set-up excluded.
     """
 
     pipeline: str
     output: str
+    run: str
+    state: str
+    error: str
+    started_s: float
+    rows: int | None
     rows_in: int
     rows_out: int
     rows_before: int
@@ -44,34 +120,87 @@ class Report:
     files: int
     bytes: int
     wall_s: float
+    share: float | None
+    eta_s: float | None
+    first_rows_s: float | None
     steady_rows_per_s: float
     groups: tuple[GroupReport, ...]
     budgets_halved: tuple[BudgetHalved, ...]
+    process_deaths: int = 0
+    timeline: Timeline = field(default_factory=lambda: Timeline(0.0))
 
     @property
     def rows_per_s(self) -> float:
         """Rows per second of the whole run, start-up included."""
         return (self.rows_in - self.rows_before) / self.wall_s if self.wall_s else 0.0
 
+    @property
+    def stages(self) -> tuple[GroupReport, ...]:
+        """The groups without the two ends of the run."""
+        return tuple(group for group in self.groups if group.kind in ("tasks", "model"))
+
+    @staticmethod
+    def of(tally: Tally, *, output: str, state: State | None, lost: Mapping[int, str] | None = None) -> Report:
+        """The report of a run as far as its events tell; `state` is what its output holds, `lost` units that are given up, and why."""
+        started, finished, failed = tally.started, tally.finished, tally.failed
+        groups = tuple(GroupReport.of(sums, tally) for sums in tally.groups.values())
+        stages = [group for group in groups if group.kind in ("tasks", "model")]
+        slowest = max(stages, key=lambda one: one.busy_s, default=None)
+        before = started.before if started else 0
+        dead = state.rows_dead if state else tally.dead
+        settled = state.rows_done + dead if state else before + tally.rows
+        begun_s = tally.timeline.start_s if tally.timeline else tally.last_s
+        last_group = tally.groups[stages[-1].name] if stages else GroupSums(GroupPlanned("", "tasks"))
+        return Report(
+            pipeline=started.pipeline if started else "",
+            output=output,
+            run=started.run if started else "",
+            state=_state(tally),
+            error=f"{failed.error}: {failed.message}" if failed else "",
+            started_s=begun_s,
+            rows=started.rows if started else None,
+            rows_in=finished.rows_in if finished else settled,
+            rows_out=finished.rows_out if finished else settled - dead,
+            rows_before=settled - tally.rows if state else before,
+            dead_letters=dead,
+            causes=dict(tally.causes.most_common()),
+            unreadable=tuple(dict.fromkeys((tally.lost if lost is None else lost).values())),
+            files=len(state.files) if state else tally.files,
+            bytes=sum(file.bytes for file in state.files.values()) if state else tally.bytes,
+            wall_s=tally.wall_s,
+            share=1.0 if finished else tally.share,
+            eta_s=tally.eta_s,
+            first_rows_s=max(0.0, last_group.first_block_s - begun_s) if last_group.rows else None,
+            steady_rows_per_s=slowest.rows_per_s if slowest else 0.0,
+            groups=groups,
+            budgets_halved=tuple(tally.halved.values()),
+            process_deaths=tally.deaths,
+            timeline=tally.timeline or Timeline(begun_s),
+        )
+
     @staticmethod
     def of_finished(pipeline: str, output: str, state: State, lost: Mapping[int, str]) -> Report:
         """The report of a run that found its job done already."""
         rows = state.rows_done + state.rows_dead
-        return Tally(finished=RunFinished(rows, state.rows_done, state.rows_dead, 0.0), rows_before=rows).report(
-            pipeline=pipeline, output=output, groups=(), state=state, lost=lost
-        )
+        tally = Tally()
+        tally.add([RunStarted(pipeline, (), output, rows=rows, before=rows), RunFinished(rows, state.rows_done, state.rows_dead, 0.0)])
+        return Report.of(tally, output=output, state=state, lost=lost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, with the figures that are computed of others."""
+        return {**dataclasses.asdict(self), "rows_per_s": self.rows_per_s}
 
     def __str__(self) -> str:
-        held = f"{_count(self.files, 'file')}, {_size(self.bytes)} in {self.output}"
+        held = f"{count(self.files, 'file')}, {size(self.bytes)} in {self.output}"
         if self.rows_before == self.rows_in and not self.groups:
-            return "\n".join([f"nothing to do: all {_count(self.rows_in, 'row')} were done before", held, *self._failures()])
+            return "\n".join([f"nothing to do: all {count(self.rows_in, 'row')} were done before", held, *self._failures()])
         now = self.rows_in - self.rows_before
-        lines = [f"{_count(now, 'row')} in {self.wall_s:.1f} s: {_rate(self.rows_per_s)} rows/s, {_rate(self.steady_rows_per_s)} in steady state"]
+        lines = [f"{count(now, 'row')} in {self.wall_s:.1f} s: {rate(self.rows_per_s)} rows/s, {rate(self.steady_rows_per_s)} in steady state"]
         if self.rows_before:
-            lines.append(f"{_count(self.rows_before, 'row')} were done before")
+            lines.append(f"{count(self.rows_before, 'row')} were done before")
         lines += [held, *self._failures()]
-        for group in self.groups:
-            kept = f" on {_count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
+        for group in self.stages:
+            kept = f" on {count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
         for halved in self.budgets_halved:
@@ -81,103 +210,42 @@ class Report:
     def _failures(self) -> list[str]:
         lines = []
         if self.dead_letters:
-            why = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.items())
-            lines.append(f"{_count(self.dead_letters, 'dead letter')} in {self.output}/{LETTERS}{f' (now: {why})' if why else ''}")
+            why = ", ".join(f"{number:,} {cause}" for cause, number in self.causes.items())
+            lines.append(f"{count(self.dead_letters, 'dead letter')} in {self.output}/{LETTERS}{f' (now: {why})' if why else ''}")
         lines += [f"unreadable: {why}" for why in self.unreadable]
         if lines:
             lines.append(f"when the cause is mended: headrace replay {self.output}")
         return lines
 
 
-def _count(number: int, noun: str) -> str:
+def _state(tally: Tally) -> str:
+    if tally.finished is not None:
+        return "succeeded"
+    if tally.failed is None:
+        return "running"
+    return "stopped" if tally.failed.error == "StoppedError" else "failed"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
     return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
-def _rate(per_s: float) -> str:
+def rate(per_s: float) -> str:
+    """A rate with as many digits as mean something."""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.1f}"
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+def size(number: int) -> str:
+    """Bytes as people say them."""
+    return f"{number / 1e6:,.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Running sums over a group's blocks and replicas."""
-
-    rows: int = 0
-    busy_s: float = 0.0
-    tokens: int = 0
-    padded_tokens: int = 0
-    first_s: float = math.inf
-    last_s: float = -math.inf
-    replicas: int = 0
-    setup_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Tally:
-    """Events folded into sums as they come: its size grows with groups and kinds of failure, never with rows or blocks."""
-
-    groups: dict[str, _Sums] = field(default_factory=dict)
-    rows: int = 0
-    rows_before: int | None = None
-    causes: Counter[str] = field(default_factory=Counter)
-    halved: dict[str, BudgetHalved] = field(default_factory=dict)
-    finished: RunFinished | None = None
-
-    def add(self, events: Iterable[Event]) -> None:
-        """Fold in events, in whatever order they come."""
-        for event in events:
-            match event:
-                case Committed(rows=rows, dead=dead, causes=causes):
-                    self.rows += rows + dead
-                    self.causes.update(dict(causes))
-                case BlockDone():
-                    sums = self.groups.setdefault(event.group, _Sums())
-                    sums.rows += event.rows
-                    sums.busy_s += event.busy_s
-                    sums.tokens += event.tokens
-                    sums.padded_tokens += event.padded_tokens
-                    sums.first_s = min(sums.first_s, event.at_s - event.busy_s)
-                    sums.last_s = max(sums.last_s, event.at_s)
-                case ReplicaReady(group=group, setup_s=setup_s):
-                    sums = self.groups.setdefault(group, _Sums())
-                    sums.replicas += 1
-                    sums.setup_s = max(sums.setup_s, setup_s)
-                case BudgetHalved(stage=stage):
-                    self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
-                case RunFinished():
-                    self.finished = event
-
-    def report(self, *, pipeline: str, output: str, groups: Sequence[str], state: State, lost: Mapping[int, str]) -> Report:
-        """The report of a finished run; `groups` are those of the plan, in order, `state` what its output holds, `lost` units given up, and why."""
-        assert self.finished is not None, "a report is made of a finished run"
-        sums = {name: self.groups.get(name, _Sums()) for name in groups}
-        slowest = max(sums.values(), key=lambda one: one.busy_s, default=_Sums())
-        return Report(
-            pipeline=pipeline,
-            output=output,
-            rows_in=self.finished.rows_in,
-            rows_out=self.finished.rows_out,
-            rows_before=self.finished.rows_in - self.rows if self.rows_before is None else self.rows_before,
-            dead_letters=state.rows_dead,
-            causes=dict(self.causes.most_common()),
-            unreadable=tuple(dict.fromkeys(lost.values())),
-            files=len(state.files),
-            bytes=sum(file.bytes for file in state.files.values()),
-            wall_s=self.finished.wall_s,
-            steady_rows_per_s=slowest.rows / max(slowest.last_s - slowest.first_s, 1e-9) if slowest.rows else 0.0,
-            groups=tuple(
-                GroupReport(
-                    name=name,
-                    rows=one.rows,
-                    busy_s=one.busy_s,
-                    replicas=one.replicas,
-                    setup_s=one.setup_s,
-                    padding=1 - one.tokens / one.padded_tokens if one.padded_tokens else 0.0,
-                )
-                for name, one in sums.items()
-            ),
-            budgets_halved=tuple(self.halved.values()),
-        )
+def duration(span_s: float) -> str:
+    """`42 s`, `3 min 20 s`, `5 h 2 min`."""
+    whole = round(span_s)
+    if whole < 60:
+        return f"{span_s:.1f} s" if span_s < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

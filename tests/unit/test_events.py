@@ -9,8 +9,11 @@ from headrace.events import (
     Committed,
     Event,
     FileWritten,
+    GroupPlanned,
+    GroupSampled,
     ProcessDied,
     ReplicaReady,
+    RunFailed,
     RunFinished,
     RunStarted,
     UnitLost,
@@ -19,6 +22,8 @@ from headrace.events import (
 
 ALL = [
     RunStarted("reviews", ("a.parquet", "b.parquet"), "out", at_s=1.0),
+    GroupPlanned("embed", "model", 1.0, 0.5, ("32 rows",), at_s=1.0),
+    GroupSampled("embed", 3, 2, 1, 1, at_s=1.5),
     UnitRead(3, 100, at_s=2.0),
     UnitRead(4, None, at_s=2.0),
     UnitLost(5, "cannot read 'c.parquet'", at_s=2.5),
@@ -29,6 +34,7 @@ ALL = [
     FileWritten("part-0.parquet", 98, 4096, at_s=6.0),
     Committed(98, 2, (("ValueError in embed", 1), ("ProcessDied in embed", 1)), at_s=6.5),
     RunFinished(100, 98, 2, 9.5, at_s=7.0),
+    RunFailed("StorageError", "the disk is full", at_s=7.0),
 ]
 
 

@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from headrace.events import BlockDone, BudgetHalved, Committed, Event, FileWritten, ReplicaReady, RunFinished, RunStarted, UnitRead
+from headrace.events import BlockDone, BudgetHalved, Committed, Event, FileWritten, GroupPlanned, ReplicaReady, RunFinished, RunStarted, UnitRead
 from headrace.intervals import Intervals
-from headrace.report import Report, Tally
+from headrace.report import Report
 from headrace.state import DataFile, State
+from headrace.tally import Tally
 
 
 def state_of(rows: int, *, dead: int = 0) -> State:
@@ -23,9 +24,10 @@ def state_of(rows: int, *, dead: int = 0) -> State:
 def summarise(events: list[Event], *groups: str, state: State, lost: tuple[str, ...] = ()) -> Report:
     """The report of a run with these events."""
     tally = Tally()
+    tally.add(GroupPlanned(group, "tasks" if group == "clean" else "model", 1.0) for group in groups)
     for event in events:
         tally.add([event])
-    return tally.report(pipeline="p", output="out", groups=groups, state=state, lost=dict(enumerate(lost)))
+    return Report.of(tally, output="out", state=state, lost=dict(enumerate(lost)))
 
 
 EVENTS: list[Event] = [
@@ -58,7 +60,7 @@ def test_what_a_report_says() -> None:
     report = summarise(shuffled, "clean", "embed", state=state_of(100))
     assert (report.rows_in, report.rows_out, report.rows_before, report.dead_letters) == (100, 100, 0, 0)
     assert (report.files, report.bytes, report.rows_per_s) == (1, 5_000_000, 5.0)
-    clean, embed = report.groups
+    clean, embed = report.stages
     assert (clean.rows, clean.replicas, clean.padding) == (100, 0, 0.0)
     assert (embed.rows, embed.busy_s, embed.replicas, embed.setup_s, embed.padding) == (100, 6.0, 2, 2.5, 0.25)
     assert report.steady_rows_per_s == 100 / 5.0, "from the start of the slowest group's first block to the end of its last"

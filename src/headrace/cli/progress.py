@@ -1,4 +1,4 @@
-"""How far a run is: one live line on a terminal, a plain line every few seconds elsewhere."""
+"""How far a run is: a live view on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -6,55 +6,117 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.console import Console
-from rich.status import Status
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from headrace.events import BlockDone, Committed, Event, ProcessDied, ReplicaReady, UnitLost
+from headrace.events import Event, ProcessDied, UnitLost
+from headrace.report import GroupReport, Report, count, duration, rate
+from headrace.tally import Tally
 
 _PLAIN_EVERY_S = 5.0
+_BAR = 30
 
 
 class Progress:
     """Watches a run's events; see the `watch` of `headrace.run`."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self.rows: dict[str, int] = {}
-        self.replicas = self.committed = self.dead = 0
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.tally = Tally()
         self.started = self.printed = time.monotonic()
-        self.status = Status("starting", console=self.console) if self.console.is_terminal and not quiet else None
+        live = self.console.is_terminal and not quiet
+        self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Progress:
-        if self.status:
-            self.status.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.status:
-            self.status.stop()
+        if self.live:
+            self.live.stop()
 
     def update(self, events: Sequence[Event], total: int | None) -> None:
         """Take in new events and show where the run is."""
+        self.tally.add(events)
         for event in events:
-            if isinstance(event, BlockDone):
-                self.rows[event.group] = self.rows.get(event.group, 0) + event.rows
-            self.replicas += isinstance(event, ReplicaReady)
-            if isinstance(event, Committed):
-                self.committed += event.rows + event.dead
-                self.dead += event.dead
             if isinstance(event, ProcessDied):
                 self.console.print(f"a process died in {event.work} ({event.deaths})", style="yellow", markup=False)
             if isinstance(event, UnitLost):
                 self.console.print(f"unreadable: {event.why}", style="yellow", markup=False)
         now = time.monotonic()
-        groups = ", ".join(f"{group} {rows:,}" for group, rows in self.rows.items())
-        line = f"{now - self.started:5.0f} s  " + (groups + (f" of {total:,} rows" if total else " rows") if groups else "starting")
-        if self.committed:
-            line += f", {self.committed:,} committed" + (f", {self.dead:,} of them dead letters" if self.dead else "")
-        if self.replicas:
-            line += f"  ({self.replicas} replica{'s' * (self.replicas > 1)} ready)"
-        if self.status:
-            self.status.update(line)
+        if self.live:
+            self.live.update(frame(self._report()))
         elif now - self.printed >= _PLAIN_EVERY_S:
             self.printed = now
-            self.console.print(line, markup=False, soft_wrap=True)
+            self.console.print(line(self._report()), markup=False, soft_wrap=True)
+
+    def _report(self) -> Report:
+        output = self.tally.started.output if self.tally.started else ""
+        return Report.of(self.tally, output=output, state=None)
+
+
+def frame(report: Report) -> RenderableType:
+    """The live view: how far the run is, and what each group is doing."""
+    settled = report.rows_in
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        Text(report.pipeline, style="bold"),
+        ProgressBar(total=1.0, completed=report.share or 0.0, width=_BAR),
+        Text(f"{report.share:4.0%}" if report.share is not None else "  - "),
+        Text(f"{settled:,}" + (f" of {count(report.rows, 'row')}" if report.rows is not None else " rows")),
+        Text(f"{duration(report.wall_s)}, {_rest(report)}", style="dim"),
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, justify in (("", "left"), ("rows", "right"), ("rows/s", "right"), ("replicas", "right"), ("queue", "right"), ("busy", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for group in report.groups:
+        table.add_row(*_cells(group))
+    parts: list[RenderableType] = [bar, table]
+    if failures := _failures(report):
+        parts.append(Text(failures, style="yellow"))
+    return Group(*parts)
+
+
+def _cells(group: GroupReport) -> tuple[str, ...]:
+    replicas = f"{group.ready}" + (f" +{group.starting}" if group.starting else "") if group.kind == "model" else f"{group.running} tasks"
+    busy = f"{group.busy_share:.0%}" if group.busy_share is not None and group.kind == "model" else ""
+    return group.name, f"{group.rows:,}", rate(group.now_per_s), replicas, str(group.queued), busy
+
+
+def line(report: Report) -> str:
+    """The same in one line."""
+    settled = f"{report.rows_in:,}" + (f" of {report.rows:,}" if report.rows is not None else "") + " rows"
+    if report.share is not None:
+        settled += f" ({report.share:.0%})"
+    parts = [f"{report.wall_s:5.0f} s  {settled}"]
+    if settled_per_s := report.timeline.rate("rows", report.started_s + report.wall_s):
+        parts.append(f"{rate(settled_per_s)} rows/s")
+    for group in report.stages:
+        if group.kind == "model":
+            busy = f", {group.busy_share:.0%} busy" if group.busy_share is not None and group.ready else ""
+            waiting = f" +{group.starting}" if group.starting else ""
+            parts.append(f"{group.name} {group.ready}{waiting} replica{'s' * (group.ready != 1)}{busy}")
+    if failures := _failures(report):
+        parts.append(failures)
+    return ", ".join([*parts, _rest(report)])
+
+
+def _rest(report: Report) -> str:
+    if report.eta_s is not None:
+        return f"{duration(report.eta_s)} left"
+    return "starting" if report.first_rows_s is None else "running"
+
+
+def _failures(report: Report) -> str:
+    parts = []
+    if report.dead_letters:
+        parts.append(count(report.dead_letters, "dead letter"))
+    if report.unreadable:
+        parts.append(f"{len(report.unreadable)} unreadable")
+    if report.process_deaths:
+        parts.append(f"{count(report.process_deaths, 'death')} of processes")
+    return ", ".join(parts)

@@ -22,13 +22,15 @@ import ray
 from headrace import letters, sinks
 from headrace.columns import ColumnType
 from headrace.errors import DeadLetterError, HeadraceError, StoppedError
-from headrace.events import Committed, Event, FileWritten, UnitLost, UnitRead
+from headrace.events import Committed, Event, FileWritten, GroupSampled, UnitLost, UnitRead
 from headrace.ledger import Ledger
 from headrace.lineage import FAULT, HIDDEN, Fault, spans
 from headrace.on_ray import compat
 from headrace.record import Record
 from headrace.state import Change, DataFile
+from headrace.tally import WRITER
 from headrace.units import Source, Unit
+from headrace.weights import Weights
 
 _WRITES = 4  # files written at once; each holds FILE_BYTES of rows and what they encode to
 _OLDEST_S = (1.0, 60.0)  # rows wait at least and at most so long for a file to fill; in between, 1 % of the time that the run took
@@ -49,21 +51,24 @@ class Written:
     done: Mapping[int, Sequence[tuple[int, int]]]
     dead: Mapping[int, Sequence[tuple[int, int]]]
     causes: Mapping[str, int]
+    busy_s: float
     example: str = ""
 
 
 @ray.remote(num_cpus=0, max_retries=20)
 def write(sink: sinks.Sink, run: str, schema: pa.Schema, inputs: list[Any], *blocks: pa.Table) -> Written:
     """Write blocks as one file, and their dead letters as another. `inputs` holds the reference to what dead letters are read from."""
+    started = time.perf_counter()
     good, bad = letters.split(sinks.joined(compat.BlockAccessor.for_block(block).to_arrow() for block in blocks))
     file = sinks.write(sink, run, _shaped(good, schema)) if good.num_rows else None
     if not bad.num_rows:
-        return Written(file, None, spans(good), {}, {})
+        return Written(file, None, spans(good), {}, {}, time.perf_counter() - started)
     source, units, wanted = ray.get(inputs[0])
     faults = [Fault.from_json(text) for text in bad[FAULT].to_pylist()]
     causes = Counter(f"{fault.error} in {fault.stage}" for fault in faults)
     buried = sinks.write(sink, run, letters.table(bad, source, units, wanted), kind="letters")
-    return Written(file, buried, spans(good), spans(bad), causes, f"{faults[0].stage}: {faults[0].error}: {faults[0].message}\n{faults[0].frames}")
+    busy_s = time.perf_counter() - started
+    return Written(file, buried, spans(good), spans(bad), causes, busy_s, f"{faults[0].stage}: {faults[0].error}: {faults[0].message}\n{faults[0].frames}")
 
 
 def _shaped(data: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -81,7 +86,7 @@ def merge(sink: sinks.Sink, run: str, files: Sequence[DataFile]) -> DataFile:
 
 @dataclass(slots=True, kw_only=True)
 class Driver:
-    """Settles what comes out of Ray. `allowed` are the rows, and the units, that may fail, and `total` the rows, if known."""
+    """Settles what comes out of Ray. `total` are the rows, if known, and `groups` the names of its operators, in order."""
 
     ledger: Ledger
     sink: sinks.Sink
@@ -92,6 +97,8 @@ class Driver:
     allowance: letters.Allowance
     total: int | None
     units: int
+    weights: Weights
+    groups: Sequence[str] = ()
     already_dead: int = 0
     lost: dict[int, str] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
@@ -160,6 +167,7 @@ class Driver:
             self._collect(0)
             if time.monotonic() - self._events_at_s > _EVENTS_S:
                 self._drain_events()
+                self._sample(blocks)
             if self.stop.is_set():
                 raise StoppedError("the run was told to stop")
 
@@ -204,8 +212,10 @@ class Driver:
         self.settled += rows + failed
         self.dead += failed
         self.example = self.example or next((one.example for one in written if one.example), "")
-        events: list[Event] = [FileWritten(file.name, file.rows, file.bytes) for file in files]
-        self.record.add([*events, Committed(rows, failed, tuple(causes.items()))])
+        for settled in (done, dead):
+            self.weights.settle(settled)
+        events: list[Event] = [FileWritten(one.file.name, one.file.rows, one.file.bytes, one.busy_s) for one in written if one.file is not None]
+        self.record.add([*events, Committed(rows, failed, tuple(causes.items()), self.weights.share)])
         for file in files:
             self._place(file)
         self._publish([file.name for file in buried])
@@ -247,10 +257,17 @@ class Driver:
             match event:
                 case UnitRead(unit=unit, rows=rows) if rows is not None:
                     self.counts[unit] = rows
+                    self.weights.count(unit, rows)
                 case UnitLost(unit=unit, why=why):
                     self.lost[unit] = why
         self.record.add(events)
         self.check_allowance()
+
+    def _sample(self, blocks: compat.Stream) -> None:
+        """Note what every operator is doing at this moment, the writer among them."""
+        found = zip(self.groups, blocks.occupancy(), strict=False)
+        events: list[Event] = [GroupSampled(group, one.queued, one.running, one.ready, one.starting) for group, one in found]
+        self.record.add([*events, GroupSampled(WRITER, len(self._pending), len(self._writing))])
 
     def check_allowance(self, *, final: bool = False) -> None:
         """Stop a job of which too much fails.

@@ -30,6 +30,7 @@ __all__ = [
     "Dataset",
     "ExecutionTimeoutError",
     "Finished",
+    "Occupancy",
     "context",
     "cores",
     "fence",
@@ -121,6 +122,16 @@ class Output:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What an operator is doing: blocks that wait for it, tasks that run, and for actors how many are ready and how many are not yet."""
+
+    queued: int
+    running: int
+    ready: int
+    starting: int
+
+
 class Finished(Exception):  # noqa: N818 - like StopIteration, it is no error
     """The dataset has given all its blocks."""
 
@@ -128,7 +139,8 @@ class Finished(Exception):  # noqa: N818 - like StopIteration, it is no error
 class Stream:
     """The blocks of a running dataset, as they are finished. Made by `stream`."""
 
-    def __init__(self, bundles: Iterator[Any]) -> None:
+    def __init__(self, bundles: Iterator[Any], executor: Any) -> None:
+        self._executor = executor
         self._blocks: queue.Queue[Output | None] = queue.Queue(maxsize=4)  # Ray holds back what nobody takes
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="headrace-blocks")
@@ -149,6 +161,20 @@ class Stream:
             self._pulling.result()
             raise Finished
         return block
+
+    def occupancy(self) -> list[Occupancy]:
+        """What each operator is doing, in the order in which rows pass; empty before the dataset runs.
+
+        Read beside the thread that runs it, so figures of one moment may be off by a block.
+        """
+        found = []
+        for operator, state in list((self._executor._topology or {}).items()):
+            if not operator.input_dependencies:
+                continue  # the list of read tasks
+            actors = operator.get_actor_info()
+            queued = 0 if state._finished else state.total_enqueued_input_blocks()
+            found.append(Occupancy(queued, operator.num_active_tasks(), actors.running, actors.pending + actors.restarting))
+        return found
 
     def close(self) -> None:
         """Take no more blocks."""
@@ -179,7 +205,7 @@ def stream(dataset: Dataset) -> Iterator[Stream]:
     Ray's own iterators can neither wait for a block for a limited time nor be stopped from another thread.
     """
     executor = dataset._create_executor()
-    blocks = Stream(dataset._build_bundle_iterator(executor))
+    blocks = Stream(dataset._build_bundle_iterator(executor), executor)
     try:
         yield blocks
     finally:

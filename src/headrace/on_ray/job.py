@@ -35,7 +35,9 @@ from headrace.resume import Mode, Start, Todo
 from headrace.sources import open_source, select
 from headrace.state import Change, State
 from headrace.store import Store
+from headrace.tally import READER
 from headrace.units import Source, Unit, plain, read_units, write_units
+from headrace.weights import Weights
 
 Connect = Callable[[], AbstractContextManager[Cluster]]
 Watch = Callable[[Sequence[Event], int | None], None]
@@ -158,7 +160,7 @@ class Job:
         here = begin(sinks.inspect(self.sink, self.schema, restart=restart))
         if mode is not Mode.RETRY and not here.changes and ledger.complete(store, here.state):
             return Report.of_finished(self.pipeline.name, output, here.state, resume.given_up(here.state, here.units))
-        started = time.perf_counter()
+        started, asked_s = time.perf_counter(), time.time()
         wait_until_free(store, uri=output)
         joined = ray.is_initialized()
         with connect() as cluster:
@@ -167,12 +169,13 @@ class Job:
             plan = resolve(self.pipeline, cluster, keep=self.kept)
             held, before = Ledger.claim(store, restart=restart)
             with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows)) as record:
-                record.add([RunStarted(self.pipeline.name, tuple(self.request["input"]), output)])
                 here = begin(before)  # again, since another run may have gone on meanwhile
+                record.begin(self._started(held.run, here, asked_s), plan)
                 retry = mode is Mode.RETRY or bool(here.changes)
                 try:
                     driver = self._settle(plan, held, here, record, allowance, retry=retry)
-                    rows_out, dead, lost = self._account(held, here, driver)
+                    record.state = held.state
+                    rows_out, dead, record.lost = self._account(held, here, driver)
                 except (RunError, StageError, StorageError) as error:
                     known = getattr(held, "state", here.state)  # a full disk may have kept the ledger from being begun
                     settled = known.rows_done + known.rows_dead
@@ -181,8 +184,11 @@ class Job:
                 letters.consolidate(held)
                 held.finish(partial(self._before_success, held))
                 record.add([RunFinished(rows_out + dead, rows_out, dead, time.perf_counter() - started)])
-        groups = [group.name for group in plan.groups]
-        return record.tally.report(pipeline=self.pipeline.name, output=output, groups=groups, state=held.state, lost=lost)
+        return record.report()
+
+    def _started(self, run: str, here: Start, asked_s: float) -> RunStarted:
+        before = here.state.rows_done + here.state.rows_dead
+        return RunStarted(self.pipeline.name, tuple(self.request["input"]), self.sink.place.uri, run, asked_s, self.source.rows, before)
 
     def _settle(self, plan: Plan, held: Ledger, here: Start, record: Record, allowance: Allowance, *, retry: bool) -> Driver:
         """Run every row that is not settled yet, and publish the files that hold them."""
@@ -205,6 +211,8 @@ class Job:
             allowance=allowance,
             total=self.source.rows,
             units=len(here.units),
+            weights=Weights(todo),
+            groups=[READER, *(group.name for group in plan.groups)],
             already_dead=0 if retry else here.state.rows_dead,
             lost={unit: why for unit, why in unreadable.items() if not resume.is_gone(why)},
         )

@@ -16,10 +16,11 @@ import threadpoolctl
 
 from headrace.columns import ColumnType
 from headrace.errors import SourceError, StageError
-from headrace.events import Event, ProcessDied, ReplicaReady, UnitLost, UnitRead
+from headrace.events import BlockDone, Event, ProcessDied, ReplicaReady, UnitLost, UnitRead
 from headrace.plan import Group
 from headrace.readers import read
 from headrace.resume import Todo
+from headrace.tally import READER
 from headrace.units import Source
 from headrace.worker import Worker
 
@@ -91,13 +92,21 @@ class Reader:
                     continue
                 counts: dict[int, int] = {}
                 try:
-                    yield from read(self.source, scan, self.wanted, block_rows=self.block_rows, counted=counts.__setitem__)
+                    yield from self._timed(read(self.source, scan, self.wanted, block_rows=self.block_rows, counted=counts.__setitem__))
                     # Waited for: the counts must not be lost, since the run is held against them at the end.
                     ray.get(self.log.add.remote(*(UnitRead(unit.id, counts.get(unit.id)) for unit, _ in scan)))
                 except SourceError as error:
                     self._lost(scan, str(error))
                 finally:
                     journal.leave(key)
+
+    def _timed(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables, each told of with the time that it took to make; not that in which nobody asked for the next."""
+        started = time.perf_counter()
+        for data in tables:
+            self.log.add.remote(BlockDone(READER, data.num_rows, time.perf_counter() - started, 0, 0))
+            yield data
+            started = time.perf_counter()
 
     def _lost(self, scan: Todo, why: str) -> None:
         ray.get(self.log.add.remote(*(UnitLost(unit.id, why) for unit, _ in scan)))
