@@ -76,7 +76,7 @@ def test_rows_in_are_rows_out(tmp_path: Path, keep: Any, columns: list[str]) -> 
     input = write_rows(tmp_path / "in", 1000, files=3, group=100, place=lambda n: f"p{n}" if n % 3 else None)
     report = hr.run(MEASURE, input=input, output=str(tmp_path / "out"), keep=keep)
     data = read_back(tmp_path / "out")
-    assert (report.rows_in, report.rows_out, report.groups[0].rows) == (1000, 1000, 1000)
+    assert (report.rows_in, report.rows_out, report.stages[0].rows) == (1000, 1000, 1000)
     assert data.column_names == columns and data["id"].to_pylist() == list(range(1000))
     assert data["length"].to_pylist() == [len(f"text {n} ") + n % 50 for n in range(1000)]
     if "place" in columns:
@@ -101,7 +101,7 @@ def test_the_output_can_be_read_as_it_stands(tmp_path: Path) -> None:
     assert sum(one.rows for one in told if isinstance(one, events.FileWritten)) == 500
     assert {one.unit for one in told if isinstance(one, events.UnitRead)} == {0, 1}
     assert [(sum(one.rows for one in told if isinstance(one, events.Committed)), told[-1].rows_out, told[-1].dead)] == [(500, 500, 0)]
-    assert {one.group for one in told if isinstance(one, events.BlockDone)} == {"length", "embed"}
+    assert {one.group for one in told if isinstance(one, events.BlockDone)} == {"(read)", "length", "embed"}
 
 
 def test_json_lines_output(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_groups_land_where_on_says(cluster: Cluster, pipeline_file: Path) -> Non
     assert data["id"].to_pylist() == list(range(200)) and data["vector"][7].as_py() == [6.0, 0.0]
     assert set(data["device"].to_pylist()) == {"cuda"}
     assert set(data["embed_node"].to_pylist()) == seen["gpu"] and len(seen["gpu"]) == 1
-    assert report.groups[1].replicas == 1
+    assert report.stages[1].replicas == 1
     assert not ray.is_initialized(), "a connection ends with the run"
 
 
