@@ -7,7 +7,7 @@ import math
 from headrace.report import GroupReport, Report, duration
 from headrace.tally import READER, WRITER
 
-_COLD = 0.5  # of the run before the first rows came out: it was start-up that took the time
+_COLD = 0.5  # of the run: it was start-up that took the time
 _PADDING = 0.25  # of a model's tokens
 _BUSY = 0.8  # of a model's time: it is what the run waits for
 _TINY_S = 5.0  # below that, a run's figures say more of chance than of the job
@@ -22,9 +22,8 @@ def bottleneck(report: Report) -> str:
     stages = [group for group in report.stages if group.rows]
     if not stages or report.wall_s < _TINY_S:
         return ""
-    started_s = report.first_rows_s or 0.0
-    if started_s > _COLD * report.wall_s:
-        return _cold(report, started_s)
+    if report.startup_s > _COLD * report.wall_s:
+        return _cold(report)
     models = [group for group in stages if group.kind == "model" and group.shares is not None]
     if not models:
         return _without_model(report, stages)
@@ -49,12 +48,12 @@ def bottleneck(report: Report) -> str:
     return f"{model.name} was the bottleneck, busy {shares.computing:.0%} of the time: it goes faster with {more}, a faster device, or a faster runtime"
 
 
-def _cold(report: Report, started_s: float) -> str:
+def _cold(report: Report) -> str:
     models = [group for group in report.stages if group.setup_s]
     slowest = max(models, key=lambda one: one.setup_s, default=None)
-    setup = f", {duration(slowest.setup_s)} of it the set-up of {slowest.name}" if slowest and slowest.setup_s > started_s / 4 else ""
+    setup = f", {duration(slowest.setup_s)} of it the set-up of {slowest.name}" if slowest and slowest.setup_s > report.startup_s / 4 else ""
     return (
-        f"{duration(started_s)} of {duration(report.wall_s)} went by before the first rows were done{setup}: "
+        f"{duration(report.startup_s)} of {duration(report.wall_s)} went by before everything was up{setup}: "
         "start-up is paid once, so give one run more rows, or join a cluster that is up with --address"
     )
 
@@ -90,7 +89,7 @@ def _starved(report: Report, model: GroupReport) -> str:
 
 def _more(slow: GroupReport, model: GroupReport, report: Report) -> str:
     """How much more of it would keep the model busy: the CPUs that it used, over the share of the time that the model computed."""
-    steady_s = max(1e-9, report.wall_s - (report.first_rows_s or 0.0))
+    steady_s = max(1e-9, report.wall_s - report.startup_s)
     if slow.kind == "model":
         return f"give it more replicas than {slow.replicas}"
     used = slow.busy_s * max(slow.cpus, 1.0) / steady_s

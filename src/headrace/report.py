@@ -100,8 +100,9 @@ class Report:
     `state` is `running`, `succeeded`, `stopped` or `failed`, the last with an `error`. `rows_in` is `rows_out` plus
     `dead_letters`, over all runs of the job; `rows_before` of them were settled by earlier runs; `rows` are those of the input, if
     known. `unreadable` says which input files could not be read, or not to their end. `share` is how much of this run's work is
-    done, 0 to 1, and `eta_s` how long the rest should take. `first_rows_s` is when the first rows had passed through all groups, in
-    seconds from the command. `steady_rows_per_s` is that of the slowest group, set-up excluded.
+    done, 0 to 1, and `eta_s` how long the rest should take. In seconds from the command, `startup_s` is when rows were being read
+    and every model had a replica ready, `first_rows_s` when the first rows had passed through all groups. `steady_rows_per_s` is
+    that of the slowest group, set-up excluded.
     """
 
     pipeline: str
@@ -122,6 +123,7 @@ class Report:
     wall_s: float
     share: float | None
     eta_s: float | None
+    startup_s: float
     first_rows_s: float | None
     steady_rows_per_s: float
     groups: tuple[GroupReport, ...]
@@ -170,6 +172,7 @@ class Report:
             wall_s=tally.wall_s,
             share=1.0 if finished else tally.share,
             eta_s=tally.eta_s,
+            startup_s=tally.startup_s,
             first_rows_s=max(0.0, last_group.first_block_s - begun_s) if last_group.rows else None,
             steady_rows_per_s=slowest.rows_per_s if slowest else 0.0,
             groups=groups,

@@ -77,6 +77,7 @@ class GroupSums:
     padded_tokens: int = 0
     first_s: float = math.inf
     first_block_s: float = math.inf
+    first_ready_s: float = math.inf
     last_s: float = -math.inf
     replicas: int = 0
     setup_s: float = 0.0
@@ -178,9 +179,10 @@ class Tally:
                 self._group(group).block(event)
                 self._draw(f"busy {group}", at_s - busy_s, at_s, busy_s)
                 self._draw(f"rows {group}", at_s - busy_s, at_s, event.rows)
-            case ReplicaReady(group=group, setup_s=setup_s):
+            case ReplicaReady(group=group, setup_s=setup_s, at_s=at_s):
                 sums = self._group(group)
                 sums.replicas += 1
+                sums.first_ready_s = min(sums.first_ready_s, at_s)
                 sums.setup_s = max(sums.setup_s, setup_s)
             case BudgetHalved(stage=stage):
                 self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
@@ -220,6 +222,12 @@ class Tally:
     def wall_s(self) -> float:
         """Seconds from the command to the last that is known."""
         return self.finished.wall_s if self.finished is not None else max(0.0, self.last_s - self._start_s)
+
+    @property
+    def startup_s(self) -> float:
+        """Seconds from the command until the first rows were being read, and a replica of every model was ready."""
+        begun = [sums.first_s if sums.plan.kind == "reader" else sums.first_ready_s for sums in self.groups.values()]
+        return max(0.0, max((at_s for at_s in begun if at_s < math.inf), default=self._start_s) - self._start_s)
 
     @property
     def eta_s(self) -> float | None:

@@ -103,6 +103,7 @@ class Worker:
         for stage in self.stages:
             data = data.combine_chunks()
             lengths, rows = measure(stage, data), _good(data)
+            widths = _widths(stage, data, lengths)
             results: list[tuple[Indices, dict[str, pa.Array]]] = []
             faults: dict[int, Fault] = {}
             for indices, outcome in self._run(stage, data, self._slices(stage, lengths, rows), lengths, watch):
@@ -110,8 +111,8 @@ class Worker:
                     faults[int(indices[0])] = outcome
                 else:
                     results.append((indices, outcome))
-                padded += len(indices) * int(lengths[indices].max(initial=0))
-            real += int(lengths[rows].sum())
+                padded += len(indices) * int(widths[indices].max(initial=0))
+            real += int(widths[rows].sum())
             data = _mark(_merge(data, stage, results), faults)
         self.emit(BlockDone(self.group, data.num_rows, time.perf_counter() - started, real, padded))
         return data if carries is None else data.select([name for name in dict.fromkeys((*carries, *HIDDEN)) if name in data.column_names])
@@ -210,6 +211,18 @@ def measure(stage: Stage, data: pa.Table) -> Indices:
     else:
         raise WiringError(f"stage {stage.name!r}: hr.tokens cannot measure {rule.of!r}, which is {array.type}; it measures text, vectors and lists")
     return np.clip(lengths, 1, rule.longest).astype(np.int64)
+
+
+def _widths(stage: Stage, data: pa.Table, lengths: Indices) -> Indices:
+    """What each row is as wide as, where a call is as wide as its widest row: by the batch rule, else the one list of numbers that a model reads."""
+    if isinstance(stage.batch, Tokens) or not stage.is_model:
+        return lengths
+    lists = [name for name in stage.reads if _is_ragged(data[name].type)]
+    return np.clip(pc.fill_null(pc.list_value_length(data[lists[0]]), 0).to_numpy(), 1, None).astype(np.int64) if len(lists) == 1 else lengths
+
+
+def _is_ragged(kind: pa.DataType) -> bool:
+    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)))
 
 
 def _good(data: pa.Table) -> Indices:
