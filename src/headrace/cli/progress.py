@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,7 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.advice import bottleneck
 from headrace.events import Event, ProcessDied, UnitLost
+from headrace.ledger import HOME
 from headrace.report import GroupReport, Report, count, duration, rate
 from headrace.tally import Tally
 
@@ -59,6 +62,18 @@ class Progress:
         return Report.of(self.tally, output=output, state=None)
 
 
+def tell(report: Report, *, quiet: bool, as_json: bool) -> None:
+    """Print what a run came to, and what held it back."""
+    if as_json:
+        print(json.dumps({**report.to_dict(), "bottleneck": bottleneck(report)}))
+    elif not quiet:
+        print(report)
+        if said := bottleneck(report):
+            print(said)
+        if report.groups:
+            print(f"more in {report.output.rstrip('/')}/{HOME}/report.html")
+
+
 def frame(report: Report) -> RenderableType:
     """The live view: how far the run is, and what each group is doing."""
     settled = report.rows_in
@@ -82,7 +97,7 @@ def frame(report: Report) -> RenderableType:
 
 
 def _cells(group: GroupReport) -> tuple[str, ...]:
-    replicas = f"{group.ready}" + (f" +{group.starting}" if group.starting else "") if group.kind == "model" else f"{group.running} tasks"
+    replicas = f"{group.ready}" + (f" +{group.starting}" if group.starting else "") if group.kind == "model" else count(group.running, "task")
     busy = f"{group.busy_share:.0%}" if group.busy_share is not None and group.kind == "model" else ""
     return group.name, f"{group.rows:,}", rate(group.now_per_s), replicas, str(group.queued), busy
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, MaxDeadLetters, Quiet, Set, Verbose
-from headrace.cli.progress import Progress
+from headrace.cli.options import Address, Json, MaxDeadLetters, Quiet, Set, Verbose
+from headrace.cli.progress import Progress, tell
 from headrace.errors import PipelineFileError
 from headrace.letters import Allowance
 from headrace.resume import Mode
@@ -27,6 +27,7 @@ def replay(
     max_dead_letters: MaxDeadLetters = "1%",
     address: Address = None,
     quiet: Quiet = False,
+    json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the dead letters of an output again, after their cause is mended, and merge what goes well this time."""
@@ -46,5 +47,4 @@ def replay(
     connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
     with Progress(quiet=quiet) as progress:
         report = Job.again(pipeline, dir).run(mode=Mode.RETRY, allowance=allowance, connect=connect, watch=progress.update)
-    if not quiet:
-        print(report)
+    tell(report, quiet=quiet, as_json=json)

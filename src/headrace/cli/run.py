@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, File, Keep, MaxDeadLetters, Quiet, Set, Verbose, names
-from headrace.cli.progress import Progress
+from headrace.cli.options import Address, File, Json, Keep, MaxDeadLetters, Quiet, Set, Verbose, names
+from headrace.cli.progress import Progress, tell
 from headrace.errors import SettingError
 from headrace.formats import Input, Output
 from headrace.letters import Allowance
@@ -47,6 +47,7 @@ def run(
     address: Address = None,
     submit: Submit = None,
     quiet: Quiet = False,
+    json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a pipeline over files, into files, exactly once. The same command again goes on where it stopped."""
@@ -73,8 +74,7 @@ def run(
     connect = partial(connected, address, folder=folder, verbose=verbose)
     with Progress(quiet=quiet) as progress:
         report = job.run(mode=mode, allowance=allowance, connect=connect, watch=progress.update)
-    if not quiet:
-        print(report)
+    tell(report, quiet=quiet, as_json=json)
 
 
 def _for_the_cluster(arguments: list[str], file: str) -> list[str]:
