@@ -31,6 +31,13 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MachinesSeen(Event):
+    """The machines of the cluster, from now until this is told again: the fields of `cost.Machine`, in their order, for each."""
+
+    machines: tuple[tuple[str | float | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupPlanned(Event):
     """A part of the run, in the order in which rows pass: `kind` is `reader`, `tasks`, `model` or `writer`.
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 
 from headrace import sinks
 from headrace.advice import bottleneck
+from headrace.cost import Machine, Meter, Prices
 from headrace.errors import StorageError
-from headrace.events import Event, GroupPlanned, RunFailed, RunStarted, to_json_lines
+from headrace.events import Event, GroupPlanned, MachinesSeen, RunFailed, RunStarted, to_json_lines
 from headrace.ledger import HOME
 from headrace.plan import Group, Plan, explain
 from headrace.report import Report
@@ -30,20 +32,29 @@ class Record:
     `report.json`, `report.html`. `state` is what the output holds, and `lost` units that are given up; set by the job.
     """
 
-    def __init__(self, sink: sinks.Sink, run: str, watch: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(self, sink: sinks.Sink, run: str, watch: Callable[[Sequence[Event]], None], *, prices: Prices) -> None:
         self.sink = sink
         self.run = run
         self.watch = watch
-        self.tally = Tally()
+        self.tally = Tally(Meter(prices))
         self.state: State | None = None
         self.lost: Mapping[int, str] = {}
+        self._seen: tuple[Any, ...] = ()
         self._spool = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the run, and __exit__ closes it
 
-    def begin(self, started: RunStarted, plan: Plan) -> None:
-        """Note the start of the run, and its parts in the order in which rows pass."""
+    def begin(self, started: RunStarted, plan: Plan, machines: Iterable[Machine]) -> None:
+        """Note the start of the run, where it runs, and its parts in the order in which rows pass."""
         groups = [GroupPlanned(READER, "reader"), *(_planned(group) for group in plan.groups), GroupPlanned(WRITER, "writer")]
         self.add([started, *groups])
+        self.see(machines)
         self._put("plan.txt", explain(plan) + "\n")
+
+    def see(self, machines: Iterable[Machine]) -> None:
+        """Note which machines there are, if they are others than before."""
+        seen = tuple(map(dataclasses.astuple, machines))
+        if seen != self._seen:
+            self._seen = seen
+            self.add([MachinesSeen(seen)])
 
     def add(self, events: Sequence[Event]) -> None:
         """Note events, and show them to whoever watches."""

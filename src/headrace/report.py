@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.cost import Cost
 from headrace.events import BudgetHalved, GroupPlanned, RunFinished, RunStarted
 from headrace.ledger import LETTERS
 from headrace.state import State
@@ -129,6 +130,7 @@ class Report:
     groups: tuple[GroupReport, ...]
     budgets_halved: tuple[BudgetHalved, ...]
     process_deaths: int = 0
+    cost: Cost | None = None
     timeline: Timeline = field(default_factory=lambda: Timeline(0.0))
 
     @property
@@ -178,6 +180,7 @@ class Report:
             groups=groups,
             budgets_halved=tuple(tally.halved.values()),
             process_deaths=tally.deaths,
+            cost=tally.cost,
             timeline=tally.timeline or Timeline(begun_s),
         )
 
@@ -191,7 +194,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, with the figures that are computed of others."""
-        return {**dataclasses.asdict(self), "rows_per_s": self.rows_per_s}
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        nested = {name: dataclasses.asdict(values[name]) for name in ("timeline",)}
+        lists = {name: [dataclasses.asdict(one) for one in values[name]] for name in ("groups", "budgets_halved")}
+        return {**values, **nested, **lists, "rows_per_s": self.rows_per_s, "cost": self.cost.to_dict() if self.cost else None}
 
     def __str__(self) -> str:
         held = f"{count(self.files, 'file')}, {size(self.bytes)} in {self.output}"
@@ -206,6 +212,8 @@ class Report:
             kept = f" on {count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
+        if self.cost and self.cost.charges:
+            lines += str(self.cost).splitlines()
         for halved in self.budgets_halved:
             lines.append(f"   {halved.stage}: out of memory, batches of {halved.rule} divided by {halved.divisor}")
         return "\n".join(lines)

@@ -6,7 +6,9 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+from headrace.cost import Cost, Machine, Meter, Prices
 from headrace.events import (
     BlockDone,
     BudgetHalved,
@@ -15,6 +17,7 @@ from headrace.events import (
     FileWritten,
     GroupPlanned,
     GroupSampled,
+    MachinesSeen,
     ProcessDied,
     ReplicaReady,
     RunFailed,
@@ -121,8 +124,11 @@ class GroupSums:
 
 @dataclass(slots=True)
 class Tally:
-    """A run so far. Its size grows with groups and kinds of failure, never with rows or blocks."""
+    """A run so far. Its size grows with groups, machines and kinds of failure, never with rows or blocks."""
 
+    meter: Meter = field(default_factory=lambda: Meter(Prices()))
+    cpus: float = 0.0
+    gpus: float = 0.0
     groups: dict[str, GroupSums] = field(default_factory=dict)
     started: RunStarted | None = None
     finished: RunFinished | None = None
@@ -161,6 +167,8 @@ class Tally:
                 self.files += 1
                 self.bytes += event.bytes
                 self._work(BlockDone(WRITER, event.rows, busy_s, 0, 0, at_s=at_s))
+            case MachinesSeen(machines=machines, at_s=at_s):
+                self._see([_machine(values) for values in machines], at_s)
             case UnitLost(unit=unit, why=why):
                 self.lost[unit] = why
             case ProcessDied():
@@ -186,6 +194,11 @@ class Tally:
                 sums.setup_s = max(sums.setup_s, setup_s)
             case BudgetHalved(stage=stage):
                 self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
+
+    def _see(self, machines: list[Machine], at_s: float) -> None:
+        first = not self.cpus
+        self.meter.see(machines, at_s=self._start_s if first else at_s)
+        self.cpus, self.gpus = sum(one.cpus for one in machines), sum(one.gpus for one in machines)
 
     def _group(self, name: str) -> GroupSums:
         return self.groups.setdefault(name, GroupSums(GroupPlanned(name, {READER: "reader", WRITER: "writer"}.get(name, "tasks"))))
@@ -224,6 +237,20 @@ class Tally:
         return self.finished.wall_s if self.finished is not None else max(0.0, self.last_s - self._start_s)
 
     @property
+    def busy(self) -> float | None:
+        """The share of what is paid for that was at work: of accelerators where the run used some, else of cores. None before anything is known."""
+        stages = [sums for sums in self.groups.values() if sums.plan.kind in ("tasks", "model")]
+        accelerated = [sums for sums in stages if sums.plan.gpus]
+        worked_s = sum(sums.busy_s * (sums.plan.gpus if accelerated else max(sums.plan.cpus, 1.0)) for sums in accelerated or stages)
+        paid_s = (self.gpus if accelerated else self.cpus) * self.wall_s
+        return min(1.0, worked_s / paid_s) if paid_s else None
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the run has cost so far; None before any machine was seen."""
+        return self.meter.cost(at_s=self._start_s + self.wall_s, rows=self.rows, busy=self.busy) if self.cpus else None
+
+    @property
     def startup_s(self) -> float:
         """Seconds from the command until the first rows were being read, and a replica of every model was ready."""
         begun = [sums.first_s if sums.plan.kind == "reader" else sums.first_ready_s for sums in self.groups.values()]
@@ -238,3 +265,8 @@ class Tally:
         if last <= first or last_s <= first_s:
             return None
         return max(0.0, last_s + (1 - last) * (last_s - first_s) / (last - first) - self.last_s)
+
+
+def _machine(values: tuple[Any, ...]) -> Machine:
+    name, instance, market, cpus, memory_gb, gpus, accelerator = values
+    return Machine(name, instance=instance, market=market, cpus=cpus, memory_gb=memory_gb, gpus=gpus, accelerator=accelerator)

@@ -17,7 +17,10 @@ from ray.cluster_utils import Cluster
 
 import headrace as hr
 from headrace.errors import HardwareError, RunError
+from headrace.letters import Allowance
 from headrace.on_ray.cluster import connected
+from headrace.on_ray.job import Job
+from headrace.resume import Mode
 
 from conftest import SOURCE, Run  # isort: skip
 
@@ -115,7 +118,8 @@ def test_groups_land_where_on_says(cluster: Cluster, pipeline_file: Path) -> Non
         seen.setdefault("gpu", nodes_with(GPU=1))
 
     connect = partial(connected, cluster.address, folder=pipeline_file.parent)
-    report = hr.run(load(pipeline_file), input=str(pipeline_file.parent / "in"), output=str(out), keep="id", connect=connect, watch=watch)
+    job = Job.of(load(pipeline_file), input=str(pipeline_file.parent / "in"), output=str(out), keep="id")
+    report = job.run(mode=Mode.RESUME, allowance=Allowance.parse("1%"), connect=connect, watch=watch)
     data = read_back(out)
     assert data["id"].to_pylist() == list(range(200)) and data["vector"][7].as_py() == [6.0, 0.0]
     assert set(data["device"].to_pylist()) == {"cuda"}
@@ -150,10 +154,11 @@ def test_hardware_that_is_not_there(cluster: Cluster, pipeline_file: Path) -> No
     """The next entry is taken where the first is absent; where there is none, the message says what there is."""
     input, out = str(pipeline_file.parent / "in"), pipeline_file.parent / "out"
     connect = partial(connected, cluster.address)
-    hr.run(hr.Pipeline("p", Fallback()), input=input, output=str(out / "1"), keep="id", connect=connect)
+    options = {"mode": Mode.RESUME, "allowance": Allowance.parse("1%"), "connect": connect, "watch": lambda events, rows: None}
+    Job.of(hr.Pipeline("p", Fallback()), input=input, output=str(out / "1"), keep="id").run(**options)
     assert set(read_back(out / "1")["y"].to_pylist()) == {"cpu"}
     with pytest.raises(HardwareError, match=r"stage 'greedy' asks for gpu\(8, H100\) or gpu\(2, L4\), and no node has it; the cluster has .*1 x L4"):
-        hr.run(hr.Pipeline("p", Greedy()), input=input, output=str(out / "2"), connect=connect)
+        Job.of(hr.Pipeline("p", Greedy()), input=input, output=str(out / "2")).run(**options)
     assert not (out / "2").exists()
 
 

@@ -104,6 +104,10 @@ class Bench:
         """The job."""
         pipeline = pipeline or hr.Pipeline("double", Double(folder=str(self.told), factor=factor), follow)
         options = {"input": str(self.folder / "in/*"), "keep": "id", **options}
+        if connect := options.pop("connect", None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("headrace.on_ray.job.connected", connect)
+                return hr.run(pipeline, output=hr.Output(str(self.out), format=format), **options)
         return hr.run(pipeline, output=hr.Output(str(self.out), format=format), **options)
 
     def stopped(self, **options: Any) -> int:

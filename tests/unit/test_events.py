@@ -11,6 +11,7 @@ from headrace.events import (
     FileWritten,
     GroupPlanned,
     GroupSampled,
+    MachinesSeen,
     ProcessDied,
     ReplicaReady,
     RunFailed,
@@ -23,6 +24,7 @@ from headrace.events import (
 ALL = [
     RunStarted("reviews", ("a.parquet", "b.parquet"), "out", at_s=1.0),
     GroupPlanned("embed", "model", 1.0, 0.5, ("32 rows",), at_s=1.0),
+    MachinesSeen((("10.0.0.1", "g6.4xlarge", None, 16.0, 64.0, 1.0, "L4"),), at_s=1.0),
     GroupSampled("embed", 3, 2, 1, 1, at_s=1.5),
     UnitRead(3, 100, at_s=2.0),
     UnitRead(4, None, at_s=2.0),

@@ -11,6 +11,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.SETTING=V
 Keep = Annotated[str, typer.Option(metavar="COLUMNS", help="Input columns to carry to the output untouched: a,b,c or all.")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster to join; RAY_ADDRESS by default, else Ray starts here.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Price = Annotated[
+    list[str] | None, typer.Option("--price", metavar="PRICE", help="What machines cost: 1.20, g6.4xlarge=1.10, L4=0.80, cpu=0.04, spot; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output; progress goes to standard error.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and the workers print.")]
 MaxDeadLetters = Annotated[str, typer.Option(metavar="SHARE", help="How many rows may fail before the run is stopped: 1%, or a number.")]

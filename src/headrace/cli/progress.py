@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.advice import bottleneck
+from headrace.cost import Meter, Prices, money
 from headrace.events import Event, ProcessDied, UnitLost
 from headrace.ledger import HOME
 from headrace.report import GroupReport, Report, count, duration, rate
@@ -26,9 +27,9 @@ _BAR = 30
 class Progress:
     """Watches a run's events; see the `watch` of `headrace.run`."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, prices: Prices | None = None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
-        self.tally = Tally()
+        self.tally = Tally(Meter(prices or Prices()))
         self.started = self.printed = time.monotonic()
         live = self.console.is_terminal and not quiet
         self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True) if live else None
@@ -58,6 +59,7 @@ class Progress:
             self.console.print(line(self._report()), markup=False, soft_wrap=True)
 
     def _report(self) -> Report:
+        self.tally.last_s = max(self.tally.last_s, time.time())  # time goes by where nothing happens, too
         output = self.tally.started.output if self.tally.started else ""
         return Report.of(self.tally, output=output, state=None)
 
@@ -83,7 +85,7 @@ def frame(report: Report) -> RenderableType:
         ProgressBar(total=1.0, completed=report.share or 0.0, width=_BAR),
         Text(f"{report.share:4.0%}" if report.share is not None else "  - "),
         Text(f"{settled:,}" + (f" of {count(report.rows, 'row')}" if report.rows is not None else " rows")),
-        Text(f"{duration(report.wall_s)}, {_rest(report)}", style="dim"),
+        Text(", ".join([duration(report.wall_s), _rest(report), *_spent(report)]), style="dim"),
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name, justify in (("", "left"), ("rows", "right"), ("rows/s", "right"), ("replicas", "right"), ("queue", "right"), ("busy", "right")):
@@ -117,13 +119,17 @@ def line(report: Report) -> str:
             parts.append(f"{group.name} {group.ready}{waiting} replica{'s' * (group.ready != 1)}{busy}")
     if failures := _failures(report):
         parts.append(failures)
-    return ", ".join([*parts, _rest(report)])
+    return ", ".join([*parts, *_spent(report), _rest(report)])
 
 
 def _rest(report: Report) -> str:
     if report.eta_s is not None:
         return f"{duration(report.eta_s)} left"
     return "starting" if report.first_rows_s is None else "running"
+
+
+def _spent(report: Report) -> list[str]:
+    return [money(report.cost.usd)] if report.cost and report.cost.usd is not None else []
 
 
 def _failures(report: Report) -> str:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, Json, MaxDeadLetters, Quiet, Set, Verbose
+from headrace.cli.options import Address, Json, MaxDeadLetters, Price, Quiet, Set, Verbose
 from headrace.cli.progress import Progress, tell
+from headrace.cost import Prices
 from headrace.errors import PipelineFileError
 from headrace.letters import Allowance
 from headrace.resume import Mode
@@ -26,12 +27,13 @@ def replay(
     set_: Set = None,
     max_dead_letters: MaxDeadLetters = "1%",
     address: Address = None,
+    price: Price = None,
     quiet: Quiet = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Run the dead letters of an output again, after their cause is mended, and merge what goes well this time."""
-    allowance = Allowance.parse(max_dead_letters)
+    allowance, prices = Allowance.parse(max_dead_letters), Prices.parse(price or [])
 
     from headrace.on_ray.cluster import connected  # loads ray
     from headrace.on_ray.job import Job, request_of
@@ -45,6 +47,6 @@ def replay(
     file = file or known
     pipeline = override(load(file), [*(origin.get("set") or ()), *(set_ or ())])
     connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
-    with Progress(quiet=quiet) as progress:
-        report = Job.again(pipeline, dir).run(mode=Mode.RETRY, allowance=allowance, connect=connect, watch=progress.update)
+    with Progress(quiet=quiet, prices=prices) as progress:
+        report = Job.again(pipeline, dir).run(mode=Mode.RETRY, allowance=allowance, connect=connect, watch=progress.update, prices=prices)
     tell(report, quiet=quiet, as_json=json)

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, File, Json, Keep, MaxDeadLetters, Quiet, Set, Verbose, names
+from headrace.cli.options import Address, File, Json, Keep, MaxDeadLetters, Price, Quiet, Set, Verbose, names
 from headrace.cli.progress import Progress, tell
+from headrace.cost import Prices
 from headrace.errors import SettingError
 from headrace.formats import Input, Output
 from headrace.letters import Allowance
@@ -46,6 +47,7 @@ def run(
     max_dead_letters: MaxDeadLetters = "1%",
     address: Address = None,
     submit: Submit = None,
+    price: Price = None,
     quiet: Quiet = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -53,7 +55,7 @@ def run(
     """Run a pipeline over files, into files, exactly once. The same command again goes on where it stopped."""
     if restart and accept_change:
         raise SettingError("--restart throws away what --accept-change would keep; give one of them")
-    allowance = Allowance.parse(max_dead_letters)
+    allowance, prices = Allowance.parse(max_dead_letters), Prices.parse(price or [])
     pipeline = load(file)
     pipeline = override(pipeline, set_ or [])
     path, separator, name = file.partition("::")
@@ -72,8 +74,8 @@ def run(
     job = Job.of(pipeline, input=source, output=target, keep=names(keep), origin=origin)
     mode = Mode.RESTART if restart else Mode.ACCEPT_CHANGE if accept_change else Mode.RESUME
     connect = partial(connected, address, folder=folder, verbose=verbose)
-    with Progress(quiet=quiet) as progress:
-        report = job.run(mode=mode, allowance=allowance, connect=connect, watch=progress.update)
+    with Progress(quiet=quiet, prices=prices) as progress:
+        report = job.run(mode=mode, allowance=allowance, connect=connect, watch=progress.update, prices=prices)
     tell(report, quiet=quiet, as_json=json)
 
 

@@ -26,6 +26,7 @@ from headrace.events import Committed, Event, FileWritten, GroupSampled, UnitLos
 from headrace.ledger import Ledger
 from headrace.lineage import FAULT, HIDDEN, Fault, spans
 from headrace.on_ray import compat
+from headrace.on_ray.machines import machines
 from headrace.record import Record
 from headrace.state import Change, DataFile
 from headrace.tally import WRITER
@@ -36,6 +37,7 @@ _WRITES = 4  # files written at once; each holds FILE_BYTES of rows and what the
 _OLDEST_S = (1.0, 60.0)  # rows wait at least and at most so long for a file to fill; in between, 1 % of the time that the run took
 _TICK_S = 0.1
 _EVENTS_S = 0.5
+_MACHINES_S = 10.0
 _SMALL_BYTES = sinks.FILE_BYTES // 8  # encoded; smaller files are merged before they are published
 _MERGED_BYTES = sinks.FILE_BYTES // 2
 _PUBLISHERS = 16  # threads; on an object store publishing is a copy by the server
@@ -114,6 +116,7 @@ class Driver:
     _publishing: list[Future[None]] = field(default_factory=list)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_PUBLISHERS, thread_name_prefix="headrace-publish"))
     _events_at_s: float = 0.0
+    _machines_at_s: float = field(default_factory=time.monotonic)
 
     def run(self, dataset: compat.Dataset) -> int:
         """Take everything that the dataset gives, and settle it; returns how many rows that were.
@@ -268,6 +271,9 @@ class Driver:
         found = zip(self.groups, blocks.occupancy(), strict=False)
         events: list[Event] = [GroupSampled(group, one.queued, one.running, one.ready, one.starting) for group, one in found]
         self.record.add([*events, GroupSampled(WRITER, len(self._pending), len(self._writing))])
+        if time.monotonic() - self._machines_at_s > _MACHINES_S:
+            self._machines_at_s = time.monotonic()
+            self.record.see(machines().values())
 
     def check_allowance(self, *, final: bool = False) -> None:
         """Stop a job of which too much fails.

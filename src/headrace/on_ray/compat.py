@@ -36,6 +36,7 @@ __all__ = [
     "fence",
     "gpus",
     "in_job",
+    "instance_types",
     "muted",
     "ship",
     "started_here",
@@ -57,6 +58,12 @@ def started_here() -> bool:
     """Whether the Ray that this process has joined was started by it."""
     node = ray._private.worker._global_node
     return node is not None and node.is_head()
+
+
+def instance_types() -> dict[str, str]:
+    """The cloud's type of each node's instance, by the node's id, where Ray's autoscaler told it."""
+    nodes = ray._private.worker.global_worker.gcs_client.get_all_node_info()  # type: ignore[attr-defined]
+    return {node.hex(): info.instance_type_name for node, info in nodes.items() if info.instance_type_name}
 
 
 def in_job() -> bool:

@@ -15,6 +15,7 @@ import ray
 
 from headrace import fingerprint, ledger, letters, resume, sinks
 from headrace.columns import ANY, ColumnType
+from headrace.cost import Prices
 from headrace.errors import HeadraceError, LedgerError, OutputError, RunError, SettingError, StageError, StorageError, listing
 from headrace.events import Event, RunFinished, RunStarted
 from headrace.formats import Input, Output
@@ -26,6 +27,7 @@ from headrace.on_ray import compat
 from headrace.on_ray.batch import lower
 from headrace.on_ray.cluster import connected
 from headrace.on_ray.commits import Driver, inputs_for, told_to_stop
+from headrace.on_ray.machines import machines
 from headrace.on_ray.operators import EventLog
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, resolve
@@ -53,7 +55,7 @@ def run(
     keep: str | Sequence[str] = (),
     mode: str = "resume",
     max_dead_letters: str | int = "1%",
-    connect: Connect = connected,
+    price: str | Sequence[str] = (),
     watch: Watch = lambda events, rows: None,
 ) -> Report:
     """Run a pipeline over files as a streaming batch job, on the Ray that is connected, or on one started here.
@@ -71,7 +73,7 @@ def run(
             leaving rows that are done as they are, and runs what failed again; `restart` throws it away; `retry` is `accept-change`
             that runs what failed again even if nothing changed.
         max_dead_letters: how many rows may fail before the run is stopped, as a share such as `1%` or a number.
-        connect: gives the connection to Ray for the length of the run; see `headrace.on_ray.cluster`.
+        price: what machines cost, in the words of `headrace run --price`; listed prices where nothing is said.
         watch: called about twice a second with the new events and the number of rows in all, if known.
 
     Raises:
@@ -85,7 +87,9 @@ def run(
     if mode not in list(Mode):
         raise SettingError(f"mode must be one of {listing(one.value for one in Mode)}, got {mode!r}")
     allowance = Allowance.parse(max_dead_letters)
-    return Job.of(pipeline, input=input, output=output, keep=keep).run(mode=Mode(mode), allowance=allowance, connect=connect, watch=watch)
+    prices = Prices.parse([price] if isinstance(price, str) else price)
+    job = Job.of(pipeline, input=input, output=output, keep=keep)
+    return job.run(mode=Mode(mode), allowance=allowance, connect=connected, watch=watch, prices=prices)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +150,7 @@ class Job:
         input = Input(request["input"], **{name: request[name] for name in ("format", "columns", "where", "limit")})
         return Job.of(pipeline, input=input, output=Output(output, format=request["sink"]), keep=request["keep"], origin=request["origin"])
 
-    def run(self, *, mode: Mode, allowance: Allowance, connect: Connect, watch: Watch) -> Report:
+    def run(self, *, mode: Mode, allowance: Allowance, connect: Connect, watch: Watch, prices: Prices | None = None) -> Report:
         """Run it; see `run` above."""
         store, output = self.sink.store, self.sink.place.uri
         facts = fingerprint.facts(self.pipeline, self.request, {field.name: field.type for field in self.schema})
@@ -160,6 +164,7 @@ class Job:
         here = begin(sinks.inspect(self.sink, self.schema, restart=restart))
         if mode is not Mode.RETRY and not here.changes and ledger.complete(store, here.state):
             return Report.of_finished(self.pipeline.name, output, here.state, resume.given_up(here.state, here.units))
+        prices = prices or Prices()
         started, asked_s = time.perf_counter(), time.time()
         wait_until_free(store, uri=output)
         joined = ray.is_initialized()
@@ -168,9 +173,9 @@ class Job:
                 compat.ship(stage.call, importable=not joined and compat.started_here())
             plan = resolve(self.pipeline, cluster, keep=self.kept)
             held, before = Ledger.claim(store, restart=restart)
-            with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows)) as record:
+            with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows), prices=prices) as record:
                 here = begin(before)  # again, since another run may have gone on meanwhile
-                record.begin(self._started(held.run, here, asked_s), plan)
+                record.begin(self._started(held.run, here, asked_s), plan, machines().values())
                 retry = mode is Mode.RETRY or bool(here.changes)
                 try:
                     driver = self._settle(plan, held, here, record, allowance, retry=retry)
