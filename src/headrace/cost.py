@@ -388,7 +388,6 @@ class Meter:
         return _cost(self._paid_s | running_s, prices=self.prices, rows=rows, busy=busy)
 
     @property
-    def usd_per_hour(self) -> float | None:
-        """What the machines that are there now cost, those with a price; None when there are none."""
-        found = [price.usd_per_hour for machine in self._since_s if (price := self.prices.of(machine))]
-        return math.fsum(found) if found else None
+    def machines(self) -> tuple[Machine, ...]:
+        """Those that are there now."""
+        return tuple(self._since_s)

@@ -284,10 +284,9 @@ def test_json() -> None:
 def test_a_meter() -> None:
     """Machines come and go; the cost so far is that of the time they were there."""
     meter = Meter(Prices.parse(["1"]))
-    assert (meter.usd_per_hour, meter.cost(at_s=0).usd) == (None, None)
+    assert (meter.machines, meter.cost(at_s=0).usd) == ((), None)
     meter.see([L4], at_s=0)
     meter.see([L4, BARE], at_s=HOUR)
-    assert meter.usd_per_hour == 2
     assert meter.cost(at_s=2 * HOUR, rows=1000).usd == 3
     meter.see([BARE], at_s=2 * HOUR)
     assert meter.cost(at_s=4 * HOUR).usd == 5

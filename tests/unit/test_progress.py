@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from headrace.cli.progress import Progress, frame, line, tell
-from headrace.events import BlockDone, Committed, Event, GroupPlanned, GroupSampled, ProcessDied, ReplicaReady, RunFinished, RunStarted, UnitLost
+from headrace.cost import Meter, Prices
+from headrace.events import BlockDone, Committed, Event, GroupPlanned, GroupSampled, MachinesSeen, ProcessDied, ReplicaReady, RunFinished, RunStarted, UnitLost
 from headrace.report import Report
 from headrace.tally import READER, WRITER, Tally
 
@@ -97,3 +98,21 @@ def test_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     tell(report, quiet=True, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["state"], told["rows_in"], told["groups"][2]["name"]) == ("succeeded", 9000, "embed") and "bottleneck" in told
+
+
+def test_a_price_that_no_machine_has() -> None:
+    """Is told once: it is most likely mistyped."""
+    console = Console(file=io.StringIO(), width=100)
+    with Progress(console=console, prices=Prices.parse(["g6.4xlrge=1.10", "0.30"])) as progress:
+        for _ in range(2):
+            progress.update([*BEGUN, MachinesSeen((("10.0.0.1", "g6.4xlarge", None, 16.0, 64.0, 1.0, "L4"),), at_s=1.0)], None)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "--price g6.4xlrge=1.1: no machine of the cluster is that, so far\n"
+
+
+def test_money_as_it_is_spent() -> None:
+    """An hour's half at 2 USD, in both views."""
+    tally = Tally(Meter(Prices.parse(["2"])))
+    tally.add([*BEGUN, MachinesSeen((("10.0.0.1", None, None, 16.0, 64.0, 0.0, None),), at_s=1.0), Committed(10, 0, at_s=1800.0)])
+    report = Report.of(tally, output="out", state=None)
+    assert "1.00 USD" in line(report) and any("1.00 USD" in text for text in drawn(report, width=120))

@@ -30,7 +30,8 @@ class Progress:
     def __init__(self, *, quiet: bool = False, prices: Prices | None = None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
         self.tally = Tally(Meter(prices or Prices()))
-        self.started = self.printed = time.monotonic()
+        self.unmatched: tuple[str, ...] | None = None
+        self.printed = time.monotonic()
         live = self.console.is_terminal and not quiet
         self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True) if live else None
 
@@ -51,6 +52,10 @@ class Progress:
                 self.console.print(f"a process died in {event.work} ({event.deaths})", style="yellow", markup=False)
             if isinstance(event, UnitLost):
                 self.console.print(f"unreadable: {event.why}", style="yellow", markup=False)
+        if self.unmatched is None and self.tally.meter.machines:
+            self.unmatched = self.tally.meter.prices.unmatched(self.tally.meter.machines)
+            for name in self.unmatched:
+                self.console.print(f"--price {name}: no machine of the cluster is that, so far", style="yellow", markup=False)
         now = time.monotonic()
         if self.live:
             self.live.update(frame(self._report()))
