@@ -26,10 +26,13 @@ def shared_ray() -> Iterator[None]:
     """A Ray of eight CPUs in this process, whose workers can import headrace."""
     import ray
 
+    from headrace.on_ray import compat
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")])))
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
+        with compat.lean():
+            ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
         try:
             yield
         finally:

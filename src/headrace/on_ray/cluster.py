@@ -26,7 +26,8 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
 
     A Ray that is started here promises each core twice, once to replicas and once to reading, preparing and writing: on one
     machine the operating system shares the cores out better than reservations do, and neither side waits while the other
-    is idle. On a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
+    is idle. It has no dashboard, and unless `verbose` nothing else that only other processes would ask.
+    On a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
     headrace itself and the files of `folder`, where the pipeline file lies.
 
     Raises:
@@ -47,7 +48,11 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     if not verbose:
         variables["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     try:
-        with _environment(variables), contextlib.nullcontext() if verbose else _no_stderr():
+        with _environment(variables), contextlib.ExitStack() as during:
+            if not verbose:
+                during.enter_context(_no_stderr())
+                if not where:
+                    during.enter_context(compat.lean())
             ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if not where:

@@ -37,6 +37,7 @@ __all__ = [
     "gpus",
     "in_job",
     "instance_types",
+    "lean",
     "muted",
     "ship",
     "started_here",
@@ -69,6 +70,23 @@ def instance_types() -> dict[str, str]:
 def in_job() -> bool:
     """Whether this process is the driver of a submitted job; Ray refuses it a runtime environment besides the job's own."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def lean() -> Iterator[None]:
+    """Start Ray in the block without what serves a cluster that others join: API server, autoscaler, log monitor, web part of the agent.
+
+    They are more than half of what starting a Ray takes, and nothing of a run asks them anything. The last is how Ray
+    itself behaves where the packages of its dashboard are not installed.
+    """
+    node, utils = ray._private.node.Node, ray._private.utils
+    left_out: list[tuple[Any, str, Any]] = [(node, name, lambda *_, **__: None) for name in ("start_api_server", "start_monitor", "start_log_monitor")]
+    left_out.append((utils, "get_dashboard_dependency_error", lambda: ImportError("left out")))
+    with contextlib.ExitStack() as after:
+        for owner, name, instead in left_out:
+            after.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, instead)
+        yield
 
 
 @contextlib.contextmanager
