@@ -65,8 +65,7 @@ def commands() -> Iterator[str]:
 def api() -> Iterator[str]:
     """A section for each public name."""
     yield from ["# Python", "", "Everything here is an attribute of `headrace`, imported as `hr`.", ""]
-    for name in headrace.__all__:
-        thing = getattr(headrace, name)
+    for name, thing in public():
         yield from [f"## {name}", ""]
         yield from fence("python", head(f"hr.{name}", thing))
         yield from prose(thing)
@@ -78,6 +77,15 @@ def api() -> Iterator[str]:
                 yield from [f"### {name}.{member}", ""]
                 yield from fence("python", [f"{name}.{member}"] if isinstance(attribute, property) else head(f"{name}.{member}", function))
                 yield from prose(function)
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Every public name; those of a module follow it."""
+    for name in headrace.__all__:
+        thing = getattr(headrace, name)
+        yield name, thing
+        if inspect.ismodule(thing):
+            yield from ((f"{name}.{member}", getattr(thing, member)) for member in thing.__all__)
 
 
 class Verbatim:

