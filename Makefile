@@ -17,6 +17,7 @@ demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
+	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
 

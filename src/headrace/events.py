@@ -19,7 +19,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run began. `asked_s` is when the command was given; `rows` are those of the input, if known, and `before` those settled by earlier runs."""
+    """A run began. `asked_s` is when the command was given; `rows` are those of the input, if known, and `before` those settled by earlier runs.
+
+    `versions` are of headrace and what it stands on, as pairs of name and version.
+    """
 
     pipeline: str
     inputs: tuple[str, ...]
@@ -28,6 +31,7 @@ class RunStarted(Event):
     asked_s: float | None = None
     rows: int | None = None
     before: int = 0
+    versions: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +116,13 @@ class BlockDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady(Event):
-    """A replica of a group finished its set-up."""
+    """A replica of a group finished its set-up; `note` is what that returned, if it is text."""
 
     group: str
     node: str
     device: str
     setup_s: float
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def wait_until_free(store: Store, *, uri: str, beat_s: float = BEAT_S) -> None:
         TakenOverError: another run is at work on it.
     """
     first = _read(store)
-    if first is None or (first["host"] == _host() and first["process"] != _process(int(first["process"].partition("@")[0]))):
+    if first is None or not _may_live(first):
         return
     for _ in range(2 * _MISSED):
         time.sleep(beat_s / 2)
@@ -76,6 +76,20 @@ def wait_until_free(store: Store, *, uri: str, beat_s: float = BEAT_S) -> None:
                 f"output {uri!r} is being written by another run (process {first['process'].partition('@')[0]} on {first['host'].partition('/')[0]}); "
                 "wait for it, or stop it: then the same command goes on where it was"
             )
+
+
+def holder(store: Store) -> str:
+    """The run that is at work on an output, as far as one look can tell; empty if there is none.
+
+    On this machine it is certain. Of another machine's run it only says that it has left its sign, which a death leaves, too.
+    """
+    sign = _read(store)
+    return str(sign["run"]) if sign is not None and _may_live(sign) else ""
+
+
+def _may_live(sign: dict[str, Any]) -> bool:
+    process = str(sign["process"])
+    return sign["host"] != _host() or process == _process(int(process.partition("@")[0]))
 
 
 def _read(store: Store) -> dict[str, Any] | None:

@@ -51,6 +51,11 @@ def load(store: Store, *, below: str = "~") -> State | None:
     raise LedgerError(f"the ledger changed {_LOADS} times while it was read; another run is writing to this output")
 
 
+def newest(store: Store) -> str:
+    """The run that took the output last, whatever became of it; empty when none did."""
+    return max(store.names(_CLAIMS), default="")
+
+
 def begun(store: Store) -> bool:
     """Whether there is a ledger at all, whatever state it is in."""
     return bool(store.names(_LEDGER))

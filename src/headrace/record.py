@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from headrace import sinks
 from headrace.advice import bottleneck
+from headrace.console.page import page
 from headrace.cost import Machine, Meter, Prices
 from headrace.errors import StorageError
 from headrace.events import Event, GroupPlanned, MachinesSeen, RunFailed, RunStarted, to_json_lines
@@ -39,6 +40,7 @@ class Record:
         self.tally = Tally(Meter(prices))
         self.state: State | None = None
         self.lost: Mapping[int, str] = {}
+        self._plan = ""
         self._seen: tuple[Any, ...] = ()
         self._spool = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the run, and __exit__ closes it
 
@@ -47,7 +49,8 @@ class Record:
         groups = [GroupPlanned(READER, "reader"), *(_planned(group) for group in plan.groups), GroupPlanned(WRITER, "writer")]
         self.add([started, *groups])
         self.see(machines)
-        self._put("plan.txt", explain(plan) + "\n")
+        self._plan = explain(plan) + "\n"
+        self._put("plan.txt", self._plan)
 
     def see(self, machines: Iterable[Machine]) -> None:
         """Note which machines there are, if they are others than before."""
@@ -77,6 +80,7 @@ class Record:
             self._put(f"events-{self.run}.jsonl", self._spool)
             report = self.report()
             self._put("report.json", json.dumps({**report.to_dict(), "bottleneck": bottleneck(report)}, indent=2) + "\n")
+            self._put("report.html", page(report, plan=self._plan))
         except StorageError:
             if error is None:  # a failed run has its own, more telling error
                 raise

@@ -45,8 +45,8 @@ class GroupReport:
     """What one group did; its name, kind and hardware are those of `events.GroupPlanned`.
 
     `busy_s` adds up over replicas and tasks; `padding` is the share of tokens that were padding (0 to 1); `rows_per_s` runs from
-    the start of its first block to the end of its last. Of the last moments are `now_per_s`, in rows, `busy_share`, `queued` blocks,
-    `running` tasks, and replicas `ready` and `starting`.
+    the start of its first block to the end of its last; `notes` are what the set-up of replicas returned. Of the last moments are
+    `now_per_s`, in rows, `busy_share`, `queued` blocks, `running` tasks, and replicas `ready` and `starting`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class GroupReport:
     padding: float
     rows_per_s: float
     shares: Shares | None
+    notes: tuple[str, ...] = ()
     now_per_s: float = 0.0
     busy_share: float | None = None
     queued: int = 0
@@ -85,6 +86,7 @@ class GroupReport:
             padding=1 - sums.tokens / sums.padded_tokens if sums.padded_tokens else 0.0,
             rows_per_s=sums.rows / max(sums.last_s - sums.first_s, 1e-9) if sums.rows else 0.0,
             shares=Shares.of(sums),
+            notes=tuple(sums.notes),
             now_per_s=timeline.rate(f"rows {plan.group}", tally.last_s) if timeline else 0.0,
             busy_share=sums.busy_share,
             queued=last.queued if last else 0,
@@ -131,6 +133,7 @@ class Report:
     budgets_halved: tuple[BudgetHalved, ...]
     process_deaths: int = 0
     cost: Cost | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=lambda: Timeline(0.0))
 
     @property
@@ -181,6 +184,7 @@ class Report:
             budgets_halved=tuple(tally.halved.values()),
             process_deaths=tally.deaths,
             cost=tally.cost,
+            versions=dict(started.versions) if started else {},
             timeline=tally.timeline or Timeline(begun_s),
         )
 
@@ -212,6 +216,7 @@ class Report:
             kept = f" on {count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
+            lines += [f"      {note}" for note in group.notes]
         if self.cost and self.cost.charges:
             lines += str(self.cost).splitlines()
         for halved in self.budgets_halved:

@@ -88,7 +88,7 @@ def stage(
     """Make a stage of a function, or of a class with `setup(self, device)` and `__call__`.
 
     The parameters, each annotated `hr.Column[T]`, are the columns read. A class becomes a dataclass whose fields are the
-    settings. Both stay plain Python: a decorated function is called as before.
+    settings. Both stay plain Python: a decorated function is called as before. Text that `setup` returns is shown in the report.
 
     Args:
         out: the columns returned and their types; a name that is also read is replaced.

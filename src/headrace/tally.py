@@ -32,6 +32,7 @@ READER, WRITER = "(read)", "(write)"
 _BUCKETS = 120
 _WINDOW_S = 30.0  # over which a current rate is taken, or half the run where that is longer
 _RECENT_S = 10.0
+_NOTES = 8  # of a group that are kept: replicas on machines of one kind say the same
 _LONGEST_GAP_S = 5.0  # a sample stands for the time since the last one, but not for longer: events may have been lost
 
 
@@ -84,6 +85,7 @@ class GroupSums:
     last_s: float = -math.inf
     replicas: int = 0
     setup_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
     last: GroupSampled | None = None
     replica_s: float = 0.0
     starved_s: float = 0.0
@@ -187,11 +189,13 @@ class Tally:
                 self._group(group).block(event)
                 self._draw(f"busy {group}", at_s - busy_s, at_s, busy_s)
                 self._draw(f"rows {group}", at_s - busy_s, at_s, event.rows)
-            case ReplicaReady(group=group, setup_s=setup_s, at_s=at_s):
+            case ReplicaReady(group=group, setup_s=setup_s, note=note, at_s=at_s):
                 sums = self._group(group)
                 sums.replicas += 1
                 sums.first_ready_s = min(sums.first_ready_s, at_s)
                 sums.setup_s = max(sums.setup_s, setup_s)
+                if note and note not in sums.notes and len(sums.notes) < _NOTES:
+                    sums.notes.append(note)
             case BudgetHalved(stage=stage):
                 self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
 

@@ -60,7 +60,8 @@ class Guard(Protocol):
 class Worker:
     """A group's stages, set up on one device.
 
-    Instances of classes are copied before `setup`, so that a pipeline object can be run many times.
+    Instances of classes are copied before `setup`, so that a pipeline object can be run many times. `note` is what their
+    `setup` returned, if that is text.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Worker:
         emit: Callable[[Event], object] = lambda event: None,
         guard: Guard | None = None,
     ) -> None:
-        self.stages = [set_up(stage, device) for stage in stages]
+        ready = [set_up(stage, device) for stage in stages]
+        self.stages = [stage for stage, _ in ready]
+        self.note = "; ".join(note for _, note in ready if note)
         self.group = group
         self.overlap = overlap
         self.emit = emit
@@ -182,15 +185,15 @@ class Worker:
                 yield encoding.result()
 
 
-def set_up(stage: Stage, device: str) -> Stage:
-    """The stage with an instance of its own on which `setup` has run, if it is a class."""
+def set_up(stage: Stage, device: str) -> tuple[Stage, str]:
+    """The stage with an instance of its own on which `setup` has run, if it is a class; and what `setup` had to say."""
     if not stage.is_model:
-        return stage
-    call = dataclasses.replace(stage.call)  # type: ignore[type-var]
+        return stage, ""
+    call, note = dataclasses.replace(stage.call), None  # type: ignore[type-var]
     if hasattr(call, "setup"):
         with _user_code(stage, "setup failed"):
-            call.setup(device)
-    return dataclasses.replace(stage, call=call)
+            note = call.setup(device)
+    return dataclasses.replace(stage, call=call), note if isinstance(note, str) else ""
 
 
 def measure(stage: Stage, data: pa.Table) -> Indices:

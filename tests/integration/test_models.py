@@ -59,7 +59,7 @@ def expected() -> np.ndarray:
 
 def embedder(**settings) -> hr.models.Embedder:
     made = hr.models.Embedder(model=MODEL, **settings)
-    made.setup("cpu")
+    assert made.setup("cpu") == str(made.verdict)
     return made
 
 

@@ -34,8 +34,8 @@ EVENTS: list[Event] = [
     RunStarted("p", ("in",), "out"),
     UnitRead(0, 60),
     UnitRead(1, 40),
-    ReplicaReady("embed", "node", "cpu", 1.5, at_s=2.0),
-    ReplicaReady("embed", "node", "cpu", 2.5, at_s=3.0),
+    ReplicaReady("embed", "node", "cpu", 1.5, "8 bits", at_s=2.0),
+    ReplicaReady("embed", "node", "cpu", 2.5, "8 bits", at_s=3.0),
     BlockDone("clean", 100, 0.1, 0, 0, at_s=3.0),
     BlockDone("embed", 60, 4.0, 900, 1000, at_s=14.0),
     BlockDone("embed", 40, 2.0, 600, 1000, at_s=15.0),
@@ -64,6 +64,7 @@ def test_what_a_report_says() -> None:
     assert (clean.rows, clean.replicas, clean.padding) == (100, 0, 0.0)
     assert (embed.rows, embed.busy_s, embed.replicas, embed.setup_s, embed.padding) == (100, 6.0, 2, 2.5, 0.25)
     assert report.steady_rows_per_s == 100 / 5.0, "from the start of the slowest group's first block to the end of its last"
+    assert embed.notes == ("8 bits",)
     assert [(halved.stage, halved.divisor) for halved in report.budgets_halved] == [("embed", 4)]
 
 
@@ -74,6 +75,7 @@ def test_as_text() -> None:
         "1 file, 5.0 MB in out",
         "   clean: 0.1 s busy in tasks",
         "   embed: 6.0 s busy on 2 replicas, ready after 2.5 s, 25% padding",
+        "      8 bits",
         "   embed: out of memory, batches of 1,024 tokens of text divided by 4",
     ]
 

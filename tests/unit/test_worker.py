@@ -103,10 +103,23 @@ class Model:
 def test_a_model_is_set_up_on_a_copy():
     """Set-up runs once per worker with the device, on an instance of its own; the user's instance stays as written."""
     model = Model(prefix="/")
-    stage = set_up(Stage.of(model), "cuda")
+    stage, _ = set_up(Stage.of(model), "cuda")
     assert stage.call(["a"]) == {"y": ["cuda/a"]}
     assert not hasattr(model, "loaded")
     assert stage.settings == {"prefix": "/", "fails": False}
+
+
+def test_what_a_set_up_returns_is_noted():
+    """Text, for the report; anything else is not meant for it."""
+
+    class Chatty(Model):
+        def setup(self, device: str):
+            super().setup(device)
+            return "8 bits" if self.prefix else 8
+
+    chatty = hr.stage(out={"y": str})(Chatty)
+    assert Worker([Stage.of(chatty(prefix="/"))]).note == "8 bits"
+    assert Worker([Stage.of(chatty(prefix=""))]).note == ""
 
 
 def test_a_failing_set_up_is_a_stage_error():

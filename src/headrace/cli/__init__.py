@@ -23,6 +23,7 @@ from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
 from headrace.cli.replay import replay
 from headrace.cli.run import run
+from headrace.cli.runs import diff, runs
 from headrace.errors import HeadraceError, StageError, StoppedError
 
 app = typer.Typer(
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(replay)
+app.command()(runs)
+app.command()(diff)
 app.command()(explain)
 app.command()(doctor)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
@@ -81,8 +80,8 @@ class Embedder:
         found = folder.find(str(self.model))
         self._check_size(None if found is None else folder.read(found).size)
 
-    def setup(self, device: str) -> None:
-        """Load the model on `device`, in the runtime chosen; the first time on a kind of machine this includes the choice.
+    def setup(self, device: str) -> str:
+        """Load the model on `device`, in the runtime chosen; the first time on a kind of machine this includes the choice, which is returned as text.
 
         Raises:
             SettingError: the model cannot be had, or is not of the declared `size`; a forced runtime is missing or not equal.
@@ -107,7 +106,7 @@ class Embedder:
         self.verdict, self.forward = prepare(found, wish, tokenise)
         if self.slice_tokens is not None:
             self.verdict = dataclasses.replace(self.verdict, slice_tokens=self.slice_tokens)
-        logging.getLogger(__name__).info("%s: %s", vars(self)["name"], self.verdict)
+        return str(self.verdict)
 
     def __call__(self, **columns: Column[str]) -> dict[str, Vectors]:
         """The vectors of a column of texts, shape (rows, size), under the name of the column to write."""

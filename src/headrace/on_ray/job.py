@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from headrace import fingerprint, ledger, letters, resume, sinks
+from headrace import __version__, fingerprint, ledger, letters, resume, sinks
 from headrace.columns import ANY, ColumnType
 from headrace.cost import Prices
 from headrace.errors import HeadraceError, LedgerError, OutputError, RunError, SettingError, StageError, StorageError, listing
@@ -193,7 +194,8 @@ class Job:
 
     def _started(self, run: str, here: Start, asked_s: float) -> RunStarted:
         before = here.state.rows_done + here.state.rows_dead
-        return RunStarted(self.pipeline.name, tuple(self.request["input"]), self.sink.place.uri, run, asked_s, self.source.rows, before)
+        versions = (("headrace", __version__), ("ray", ray.__version__), ("pyarrow", pa.__version__), ("python", platform.python_version()))
+        return RunStarted(self.pipeline.name, tuple(self.request["input"]), self.sink.place.uri, run, asked_s, self.source.rows, before, versions)
 
     def _settle(self, plan: Plan, held: Ledger, here: Start, record: Record, allowance: Allowance, *, retry: bool) -> Driver:
         """Run every row that is not settled yet, and publish the files that hold them."""

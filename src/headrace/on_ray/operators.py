@@ -154,14 +154,16 @@ class Replica:
         self.failed: StageError | None = None
         hardware = group.choice.hardware
         limit_threads(max(1, int(hardware.cpus)))
+        note = ""
         try:
             self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log))
+            note = self.worker.note
         except StageError as error:
             # Raised at the first call instead: Ray turns an error of an actor's constructor into text, and starts it again.
             self.failed = error
         limit_threads(max(1, int(hardware.cpus)))  # again, for the libraries that setup has loaded
         node = ray.get_runtime_context().get_node_id()
-        log.add.remote(ReplicaReady(group.name, node, hardware.device, time.perf_counter() - started))
+        log.add.remote(ReplicaReady(group.name, node, hardware.device, time.perf_counter() - started, note))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if self.failed is not None:
