@@ -30,7 +30,8 @@ class Record:
     """Collects a run's events. They are spooled to a local file, so that memory does not grow with the run.
 
     On leaving, these are written into `_headrace` beside the output, whether the run succeeded or not: `events-<run>.jsonl`,
-    `report.json`, `report.html`. `state` is what the output holds, and `lost` units that are given up; set by the job.
+    `report.json`, `report.html`. `state` is what the output holds, and `lost` units that are given up; set by the job. The report in
+    the file also says what was run: `request` and `facts`, as the ledger has them.
     """
 
     def __init__(self, sink: sinks.Sink, run: str, watch: Callable[[Sequence[Event]], None], *, prices: Prices) -> None:
@@ -41,11 +42,13 @@ class Record:
         self.state: State | None = None
         self.lost: Mapping[int, str] = {}
         self._plan = ""
+        self._about: dict[str, Any] = {"request": {}, "facts": {}}
         self._seen: tuple[Any, ...] = ()
         self._spool = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the run, and __exit__ closes it
 
-    def begin(self, started: RunStarted, plan: Plan, machines: Iterable[Machine]) -> None:
-        """Note the start of the run, where it runs, and its parts in the order in which rows pass."""
+    def begin(self, started: RunStarted, plan: Plan, machines: Iterable[Machine], here: State) -> None:
+        """Note the start of the run from the state `here`, on which machines, and its parts in the order in which rows pass."""
+        self._about = {"request": dict(here.request), "facts": dict(here.facts)}
         groups = [GroupPlanned(READER, "reader"), *(_planned(group) for group in plan.groups), GroupPlanned(WRITER, "writer")]
         self.add([started, *groups])
         self.see(machines)
@@ -79,7 +82,7 @@ class Record:
             self._spool.seek(0)
             self._put(f"events-{self.run}.jsonl", self._spool)
             report = self.report()
-            self._put("report.json", json.dumps({**report.to_dict(), "bottleneck": bottleneck(report)}, indent=2) + "\n")
+            self._put("report.json", json.dumps({**report.to_dict(), "bottleneck": bottleneck(report), **self._about}, indent=2) + "\n")
             self._put("report.html", page(report, plan=self._plan))
         except StorageError:
             if error is None:  # a failed run has its own, more telling error

@@ -254,7 +254,8 @@ def rate(per_s: float) -> str:
 
 def size(number: int) -> str:
     """Bytes as people say them."""
-    return f"{number / 1e6:,.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
+    scale, unit = next((pair for pair in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if number >= pair[0]), (1e3, "kB"))
+    return f"{number / scale:,.1f} {unit}"
 
 
 def duration(span_s: float) -> str:

@@ -18,7 +18,7 @@ from headrace.report import Report
 from headrace.tally import READER, WRITER, Tally
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VOID = {"meta", "link", "br", "path", "rect"}
+VOID = {"meta", "link", "br", "path", "rect", "wbr"}
 NASTY = "<script>alert(1)</script>\u202e\x00'\"&"
 RUN: list[Event] = [
     RunStarted("reviews", ("in",), "out", "000001-a", asked_s=1.7e9, rows=40_000, versions=(("headrace", "0.1.0"), ("ray", "2.60.0")), at_s=1.7e9 + 2),

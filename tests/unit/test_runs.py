@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from headrace import heartbeat
 from headrace.cli import app
-from headrace.console.runs import Told, differences, find
+from headrace.console.runs import differences, find, told
 from headrace.errors import OutputError
 from headrace.filesystems import locate
 from headrace.ledger import Ledger
@@ -25,13 +25,13 @@ from headrace.units import Unit, write_units
 REPORT = Report.of(Tally(), output="out", state=None).to_dict()
 
 
-def run(output: Path, *, token: str = "a", rows: int = 60, report: dict | None = None, facts: dict[str, str] | None = None) -> Ledger:
+def run(output: Path, *, token: str = "a", rows: int = 60, report: dict | None = None) -> Ledger:
     """An output in which `rows` of 100 rows are committed; `report` is what its run had to say at the end, if it came to one."""
     store = Folder(locate(str(output), error=OutputError))
     held, _ = Ledger.claim(store, token=token)
     units = (Unit(0, ("in.parquet",), 0, 0, 100, 1, 1),)
     store.put("_headrace/units-x.parquet", write_units(units))
-    held.begin(State(request={"pipeline": "reviews.py::reviews"}, facts=facts or {}, units="units-x.parquet"))
+    held.begin(State(request={"pipeline": "reviews.py::reviews"}, facts={}, units="units-x.parquet"))
     if rows:
         held.commit(Change(done={0: [(0, rows)]}, files=(DataFile("part-1.parquet", rows, 10, at_s=1e9),)))
     if report is not None:
@@ -104,21 +104,12 @@ def group(name: str, **values: object) -> dict[str, object]:
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:
-    """Only what differs is told, with ratios of figures."""
-    run(
-        tmp_path / "a", facts={"embed.batch": "32", "stages": "embed"}, report={"rows_per_s": 10.0, "groups": [group("embed"), group("old")], "bottleneck": "x"}
-    )
-    more = {
-        "rows_per_s": 25.0,
-        "causes": {"ValueError in embed": 3},
-        "groups": [group("embed", rows_per_s=30.0)],
-        "bottleneck": "y",
-        "versions": {"ray": "2.60.0"},
-    }
-    run(tmp_path / "b", facts={"embed.batch": "64", "stages": "embed"}, report=more)
-    found = differences(Told.of(str(tmp_path / "a")), Told.of(str(tmp_path / "b" / "_headrace/report.json")))
-    assert not [one for one in found if one.about == "what was run"], "a report alone does not tell that"
-    found = differences(*(Told.of(str(tmp_path / name)) for name in "ab"))
+    """Only what differs is told, with ratios of figures; a folder and its report are the same."""
+    facts, groups = {"embed.batch": "32", "stages": "embed"}, [group("embed"), group("old")]
+    run(tmp_path / "a", report={"rows_per_s": 10.0, "groups": groups, "bottleneck": "x", "facts": facts})
+    more = {"rows_per_s": 25.0, "causes": {"ValueError in embed": 3}, "groups": [group("embed", rows_per_s=30.0)], "bottleneck": "y"}
+    run(tmp_path / "b", report=more | {"versions": {"ray": "2.60.0"}, "facts": facts | {"embed.batch": "64"}})
+    found = differences(told(str(tmp_path / "a")), told(str(tmp_path / "b/_headrace/report.json")))
     assert {(one.about, one.what): (one.first, one.second, one.ratio) for one in found} == {
         ("versions", "ray"): (None, "2.60.0", None),
         ("what was run", "embed.batch"): ("32", "64", None),
@@ -128,7 +119,7 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
         ("embed", "rows_per_s"): (10.0, 30.0, 3.0),
         ("what held it back", ""): ("x", "y", None),
     }
-    assert differences(Told.of(str(tmp_path / "a")), Told.of(str(tmp_path / "a"))) == []
+    assert differences(*[told(str(tmp_path / "a"))] * 2) == []
 
 
 def test_the_command_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +131,8 @@ def test_the_command_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert lines[1:3] == ["the run", "  wall_s  1 min 40 s  50 s   0.50"]
     assert lines[-3:] == ["what held it back", "  a: it was slow", "  b: nothing in particular"]
     assert CliRunner().invoke(app, ["diff", "a", "a"]).stdout == "no difference\n"
-    (told, _) = json.loads(CliRunner().invoke(app, ["diff", "a", "b", "--json"]).stdout)
-    assert told == {"about": "the run", "what": "wall_s", "first": 100.0, "second": 50.0, "ratio": 0.5}
+    only, _ = json.loads(CliRunner().invoke(app, ["diff", "a", "b", "--json"]).stdout)
+    assert only == {"about": "the run", "what": "wall_s", "first": 100.0, "second": 50.0, "ratio": 0.5}
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "has no report of a run"), ("{", "cannot be read"), ("{}", "it has no 'run'")])
@@ -150,7 +141,7 @@ def test_what_cannot_be_compared(tmp_path: Path, content: str | None, said: str)
     if content is not None:
         (tmp_path / "_headrace/report.json").write_text(content)
     with pytest.raises(OutputError, match=said):
-        Told.of(str(tmp_path))
+        told(str(tmp_path))
 
 
 def test_a_sign_of_another_machine_is_believed(tmp_path: Path) -> None:

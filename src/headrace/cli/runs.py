@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from headrace.console.runs import HELD_BACK, Run, Told, differences, find
+from headrace.console.runs import HELD_BACK, Run, differences, find, told
 from headrace.cost import money
 from headrace.report import duration, rate
 
@@ -45,7 +45,7 @@ def runs(dirs: Dirs = None, json: Json = False) -> None:
 
 def diff(first: First, second: Second, json: Json = False) -> None:
     """Compare two runs: what was run, what came of it, what it cost, and where the time of each group went."""
-    found = differences(Told.of(first), Told.of(second))
+    found = differences(told(first), told(second))
     if json:
         print(json_.dumps([{**dataclasses.asdict(one), "ratio": one.ratio} for one in found], indent=1))
         return

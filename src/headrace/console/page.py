@@ -10,6 +10,7 @@ import datetime as dt
 import html
 import importlib.resources
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ _CARDS, _ROWS, _LINES = 12, 100, 50  # groups drawn, rows of a table, lines of a
 _LONGEST = 600  # characters of a name or a message
 _PLAN = 20_000  # characters of a plan
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Control characters, those that turn the writing direction among them, and what is no character."""
 _PARTS = (("computing", "computing"), ("starved", "waiting for input"), ("blocked", "waiting for what comes after"), ("between", "between blocks"))
 _KINDS = {"reader": "reads the input", "tasks": "functions, in tasks", "model": "kept in memory", "writer": "writes the output"}
 
@@ -66,13 +68,13 @@ def page(report: Report, *, plan: str = "") -> str:
 
 
 def _text(text: str, *, most: int = _LONGEST) -> str:
-    """Text that somebody else wrote, fit for HTML, attributes included."""
+    """Text that somebody else wrote, fit for HTML, attributes included; it cannot turn the direction of what stands beside it for good."""
     text = _UNPRINTABLE.sub("\ufffd", text)
     return html.escape(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _safe(text: str) -> str:
-    """The same, kept from changing the direction of what stands beside it."""
+    """The same, set apart, so that a name in a script that is written from right to left leaves its surroundings in order."""
     return f"<bdi>{_text(text)}</bdi>"
 
 
@@ -121,7 +123,7 @@ def _figures(report: Report) -> list[str]:
         ("Output", size(report.bytes), count(report.files, "file")),
         ("Cost", money(usd), f"{money(each)} per million rows" if each is not None else ""),
     ]
-    cells = [f"<div><dt>{name}</dt><dd>{value}{f' <small>{more}</small>' if more else ''}</dd></div>" for name, value, more in shown]
+    cells = [f"<div><dt>{name}</dt><dd>{value.replace(',', ',<wbr>')}{f' <small>{more}</small>' if more else ''}</dd></div>" for name, value, more in shown]
     return ["<dl>", *cells, "</dl>"]
 
 
@@ -226,6 +228,8 @@ def _table_of(groups: Sequence[GroupReport]) -> list[str]:
 
 def _failures(report: Report) -> list[str]:
     lines = ["<h2>What failed</h2>"]
+    if report.error:
+        lines.append(f'<p>The run itself: <span class="error">{_safe(report.error)}</span></p>')
     if report.dead_letters:
         lines.append(f"<p>{count(report.dead_letters, 'dead letter')} in <code>{_text(report.output.rstrip('/'))}/{LETTERS}</code>.</p>")
     if report.causes:
@@ -244,7 +248,7 @@ def _failures(report: Report) -> list[str]:
     if others:
         lines += ["<h3>Mended on the way</h3>", *_list(others, "line")]
     if report.dead_letters or report.unreadable:
-        lines.append(f'<p class="soft">When the cause is mended: <code>headrace replay {_text(report.output)}</code></p>')
+        lines.append(f'<p class="soft">When the cause is mended: <code>headrace replay {_text(shlex.quote(report.output))}</code></p>')
     return lines if len(lines) > 1 else [*lines, '<p class="good">Nothing: no dead letters, no unreadable files, no process died.</p>']
 
 
@@ -271,7 +275,9 @@ def _money(cost: Cost | None) -> list[str]:
         kinds = sorted({machine.what for machine in cost.unpriced})
         named = ", ".join(kinds[:_CARDS]) + (f" and {len(kinds) - _CARDS:,} more kinds" if len(kinds) > _CARDS else "")
         whose = f"{len(cost.unpriced):,} of the machines ({_safe(named)}), there for {cost.unpriced_hours:,.2f} hours"
-        lines.append(f"<p>No price is set for {whose}. Name one with <code>--price</code>, such as <code>--price cpu=0.04</code>.</p>")
+        lines.append(
+            f'<p>No price is set for {whose}. Name one with <code class="flag">--price</code>, such as <code class="flag">--price cpu=0.04</code>.</p>'
+        )
     return lines
 
 

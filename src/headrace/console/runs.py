@@ -14,10 +14,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from headrace import heartbeat, ledger
-from headrace.errors import HeadraceError, LedgerError, OutputError
+from headrace.errors import HeadraceError, OutputError
 from headrace.filesystems import Place, locate
 from headrace.ledger import HOME
-from headrace.state import State
 from headrace.store import Folder
 from headrace.units import read_units
 
@@ -118,35 +117,23 @@ def _report(store: Folder) -> dict[str, Any] | None:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """All that one run left: its report, and what its results depend on; of a report by itself there is no more than it."""
+def told(path: str) -> dict[str, Any]:
+    """The report that a run left: in an output folder or URI, or as a `report.json`.
 
-    report: Mapping[str, Any]
-    facts: Mapping[str, str]
-
-    @staticmethod
-    def of(path: str) -> Told:
-        """The run of an output folder or URI, or of a `report.json`.
-
-        Raises:
-            OutputError: there is none, or it cannot be read.
-        """
-        place = locate(path, error=OutputError)
-        if alone := PurePosixPath(place.path).suffix == ".json":
-            place = Place(place.filesystem, *(str(PurePosixPath(one).parent) for one in (place.path, place.uri)))
-        store = Folder(place)
-        name = PurePosixPath(path).name if alone else f"{HOME}/report.json"
-        try:
-            report = json.loads(store.read(name))
-            if missing := [key for key in ("run", "rows_in", "groups") if key not in report]:
-                raise ValueError(f"it has no {missing[0]!r}")
-            state = None if alone else ledger.load(store)
-        except FileNotFoundError as error:
-            raise OutputError(f"{path!r} has no report of a run: name an output folder of headrace, or a report.json; headrace runs DIR lists them") from error
-        except (ValueError, TypeError, LedgerError, pa.ArrowException) as error:
-            raise OutputError(f"the report of {path!r} cannot be read: {error}") from error
-        return Told(report, state.facts if isinstance(state, State) else {})
+    Raises:
+        OutputError: there is none, or it cannot be read.
+    """
+    place = locate(path, error=OutputError)
+    name = "" if PurePosixPath(place.path).suffix == ".json" else f"{HOME}/report.json"
+    try:
+        report = json.loads(Folder(place).read(name))
+        if missing := [key for key in ("run", "rows_in", "groups") if key not in report]:
+            raise ValueError(f"it has no {missing[0]!r}")
+    except FileNotFoundError as error:
+        raise OutputError(f"{path!r} has no report of a run: name an output folder of headrace, or a report.json; headrace runs DIR lists them") from error
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"the report of {path!r} cannot be read: {error}") from error
+    return dict(report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +152,8 @@ class Difference:
         return both[1] / both[0] if len(both) == 2 and both[0] else None
 
 
-def differences(first: Told, second: Told) -> list[Difference]:
-    """In what two runs differ: what was run, what came of it, what it cost, and where each group's time went."""
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
+    """In what two runs differ by their reports: what was run, what came of it, what it cost, and where each group's time went."""
     found = []
     for about, one, other in _sections(first, second):
         for what in dict.fromkeys((*one, *other)):
@@ -175,12 +162,10 @@ def differences(first: Told, second: Told) -> list[Difference]:
     return found
 
 
-def _sections(first: Told, second: Told) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+def _sections(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """Pairs of what can be compared by name, each with what it is about."""
-    one, other = first.report, second.report
     yield "versions", one.get("versions") or {}, other.get("versions") or {}
-    if first.facts and second.facts:
-        yield "what was run", first.facts, second.facts
+    yield "what was run", one.get("facts") or {}, other.get("facts") or {}
     yield "the run", _figures(one), _figures(other)
     yield "dead letters", one.get("causes") or {}, other.get("causes") or {}
     before, after = ({group["name"]: _group(group) for group in report["groups"]} for report in (one, other))

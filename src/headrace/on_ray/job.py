@@ -176,7 +176,7 @@ class Job:
             held, before = Ledger.claim(store, restart=restart)
             with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows), prices=prices) as record:
                 here = begin(before)  # again, since another run may have gone on meanwhile
-                record.begin(self._started(held.run, here, asked_s), plan, machines().values())
+                record.begin(self._started(held.run, here, asked_s), plan, machines().values(), here.state)
                 retry = mode is Mode.RETRY or bool(here.changes)
                 try:
                     driver = self._settle(plan, held, here, record, allowance, retry=retry)
