@@ -21,6 +21,7 @@ import headrace as hr
 from headrace import events
 from headrace.errors import RunError, SourceError, StageError, StorageError, WiringError
 from headrace.formats import Input
+from headrace.hardware import Cluster, Node
 from headrace.lineage import ROW
 from headrace.on_ray import batch, compat, job
 from headrace.on_ray.batch import lower
@@ -28,6 +29,7 @@ from headrace.on_ray.cluster import describe
 from headrace.on_ray.operators import EventLog
 from headrace.plan import resolve
 from headrace.sources import open_source, select
+from headrace.units import Source
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -388,3 +390,29 @@ def physical_operators(dataset: Any) -> list[str]:
     plan = get_execution_plan(dataset._logical_plan)
     plan = plan[0] if isinstance(plan, tuple) else plan
     return [operator.name for operator in plan.dag.post_order_iter()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "count", "rows"),
+    [
+        (hr.tokens(1024, of="text"), 4_000, 167),
+        (hr.tokens(1024, of="text"), 50_000, 632),
+        (hr.tokens(1024, of="text"), 1_000_000, 2_828),
+        (hr.tokens(1024, of="text"), None, 128),
+        (hr.rows(4096), 50_000, 632),
+        (hr.rows(256), 50_000, 632),
+        (hr.rows(256), 10**10, 4_096),
+        (hr.rows(32), 200, 32),
+    ],
+)
+def test_blocks_are_as_large_as_padding_and_the_end_of_the_run_allow(rule: Any, count: int | None, rows: int) -> None:
+    """On four replicas, with rows of some 64 tokens."""
+
+    @hr.stage(out={"size": int}, batch=rule)
+    class Size:
+        def __call__(self, text: hr.Column[str]) -> dict[str, Any]:
+            return {"size": [len(t) for t in text]}
+
+    plan = resolve(hr.Pipeline("sizes", Size()), Cluster((Node("here", cpus=4),)))
+    source = Source(None, "parquet", pa.schema([("text", pa.string())]), (), row_bytes=256)  # type: ignore[arg-type]
+    assert batch.block_rows(plan, source, count=count) == rows

@@ -20,6 +20,7 @@ from headrace.units import Source
 _BLOCK_BYTES = 32 << 20
 _HEAVIEST_BLOCK_BYTES = 512 << 20  # where the rows of one part of the input are far longer than the rest
 _BLOCKS_PER_REPLICA = 6
+_UNSORTED_ROWS = 16  # rows that are taken for a slice where a rule counts rows: a stage may sort them itself
 
 
 def lower(plan: Plan, source: Source, *, todo: Todo | None = None, log: Any = None) -> compat.Dataset:
@@ -76,13 +77,19 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
 def block_rows(plan: Plan, source: Source, *, count: int | None) -> int:
     """Rows per block of a run over `count` rows: large enough to sort by length within, small enough to share out and to hold.
 
-    Blocks of many slices pad little, many blocks per replica leave little of the run to the replica that finishes last.
+    Sorted within n rows and cut into slices of s, about s / n of the tokens are padding (measured on reviews: 9 % for 13 / 167,
+    4 % for 13 / 384). Of m rows per replica, the last block leaves replicas idle for half a block on average, n / 2m of the run. The sum of
+    the two is least at n = sqrt(2 s m).
     """
     models = [group for group in plan.groups if group.replicas]
     replicas = sum(group.replicas[1] for group in models if group.replicas) or int(plan.cluster.cpus) or 1
+    rules = [stage.batch for group in models for stage in group.stages]
     ideal = 16_384
     if models:
-        ideal = min(4096, max(512, 8 * max(_slice_rows(stage.batch, source) for group in models for stage in group.stages)))
+        call_rows = max(_slice_rows(rule, source) for rule in rules)
+        slice_rows = max(_slice_rows(rule, source) if isinstance(rule, Tokens) else min(_UNSORTED_ROWS, rule.count) for rule in rules)
+        best = 8 * call_rows if count is None else math.isqrt(2 * slice_rows * count // replicas)
+        ideal = min(4096, max(best, min(512, 2 * call_rows)))
     if count is not None:
         ideal = min(ideal, math.ceil(count / (_BLOCKS_PER_REPLICA * replicas)))
     return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes), _HEAVIEST_BLOCK_BYTES // max(1, source.heaviest_bytes)))
