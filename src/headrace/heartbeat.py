@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,7 @@ from headrace.store import Store
 
 BEAT_S = 2.0
 _MISSED = 4  # beats without a change, until the holder is taken for dead
+_LONG_S = 3600.0  # since the last beat: longer than clocks of machines differ
 _NAME = f"{HOME}/alive.json"
 
 
@@ -47,9 +50,9 @@ class Heartbeat:
             return  # whoever comes next waits a few seconds longer
 
     def _beat(self) -> None:
-        count = 0
+        count, began_s = 0, time.time()
         while True:
-            sign = {"run": self.run, "beat": count, "host": _host(), "process": _process(os.getpid())}
+            sign = {"run": self.run, "beat": count, "host": _host(), "process": _process(os.getpid()), "began_s": began_s, "at_s": time.time()}
             with contextlib.suppress(StorageError):  # the run itself will tell, at its next commit
                 self.store.put(_NAME, json.dumps(sign).encode())
             count += 1
@@ -63,12 +66,12 @@ def wait_until_free(store: Store, *, uri: str, beat_s: float = BEAT_S) -> None:
     Raises:
         TakenOverError: another run is at work on it.
     """
-    first = _read(store)
-    if first is None or not _may_live(first):
+    first = read(store)
+    if first is None or _is_there(first) is False:
         return
     for _ in range(2 * _MISSED):
         time.sleep(beat_s / 2)
-        now = _read(store)
+        now = read(store)
         if now is None:
             return
         if now != first:
@@ -78,26 +81,37 @@ def wait_until_free(store: Store, *, uri: str, beat_s: float = BEAT_S) -> None:
             )
 
 
-def holder(store: Store) -> str:
-    """The run that is at work on an output, as far as one look can tell; empty if there is none.
-
-    On this machine it is certain. Of another machine's run it only says that it has left its sign, which a death leaves, too.
-    """
-    sign = _read(store)
-    return str(sign["run"]) if sign is not None and _may_live(sign) else ""
-
-
-def _may_live(sign: dict[str, Any]) -> bool:
-    process = str(sign["process"])
-    return sign["host"] != _host() or process == _process(int(process.partition("@")[0]))
-
-
-def _read(store: Store) -> dict[str, Any] | None:
+def read(store: Store) -> dict[str, Any] | None:
+    """The sign beside an output: the `run` that gave it, when that began and when this was given (`began_s`, `at_s`); None where there is none."""
     try:
-        values: dict[str, Any] = json.loads(store.read(_NAME))
+        values = json.loads(store.read(_NAME))
     except (FileNotFoundError, ValueError):
         return None
-    return values
+    return values if isinstance(values, dict) and {"run", "host", "process"} <= values.keys() else None
+
+
+def at_work(signs: Sequence[tuple[Store, dict[str, Any]]], *, beat_s: float = BEAT_S) -> list[bool]:
+    """Whether those who gave these signs are still there.
+
+    Of a process on this machine that is known at once, and of one that gave its last sign an hour ago or more. The signs of other
+    machines are watched, all together, for a few beats.
+    """
+    there = [False if time.time() - sign.get("at_s", math.inf) > _LONG_S else _is_there(sign) for _, sign in signs]
+    for _ in range(2 * _MISSED):
+        if None not in there:
+            break
+        time.sleep(beat_s / 2)
+        for at, (store, sign) in enumerate(signs):
+            if there[at] is None and (now := read(store)) != sign:
+                there[at] = now is not None and now["run"] == sign["run"]
+    return [bool(one) for one in there]
+
+
+def _is_there(sign: dict[str, Any]) -> bool | None:
+    """Whether the process is there that gave a sign; None where it is not on this machine, and may be."""
+    if sign["host"] == _host():
+        return bool(sign["process"] == _process(int(sign["process"].partition("@")[0])))
+    return None
 
 
 def _host() -> str:

@@ -51,14 +51,19 @@ def load(store: Store, *, below: str = "~") -> State | None:
     raise LedgerError(f"the ledger changed {_LOADS} times while it was read; another run is writing to this output")
 
 
-def newest(store: Store) -> str:
-    """The run that took the output last, whatever became of it; empty when none did."""
-    return max(store.names(_CLAIMS), default="")
-
-
 def begun(store: Store) -> bool:
     """Whether there is a ledger at all, whatever state it is in."""
     return bool(store.names(_LEDGER))
+
+
+def holder(store: Store) -> str:
+    """The name of the run that holds the output, or held it last; empty where none ever did."""
+    return max((name for name in store.names(_CLAIMS) if name[:1].isdigit()), default="")  # others: a put that was cut off
+
+
+def claim_of(run: str) -> str:
+    """The name of the file by which a run claimed the output; its age is that of the run."""
+    return f"{_CLAIMS}/{run}"
 
 
 def _load(store: Store, below: str) -> State | None:
@@ -132,9 +137,9 @@ class Ledger:
         Raises:
             TakenOverError: another run claims the output at the same time.
         """
-        last = max((name for name in store.names(_CLAIMS) if name[:1].isdigit()), default="000000-")  # none: a put that was cut off
+        last = holder(store) or "000000-"
         ledger = cls(store, f"{int(last.partition('-')[0]) + 1:06d}-{token or uuid.uuid4().hex[:12]}")
-        store.put(f"{_CLAIMS}/{ledger.run}", b"")
+        store.put(claim_of(ledger.run), b"")
         ledger.check()
         try:
             return ledger, None if restart else load(store, below=ledger.run)

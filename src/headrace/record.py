@@ -42,13 +42,13 @@ class Record:
         self.state: State | None = None
         self.lost: Mapping[int, str] = {}
         self._plan = ""
-        self._about: dict[str, Any] = {"request": {}, "facts": {}}
+        self._about: dict[str, Any] = {"request": {}, "facts": {}, "units": ""}
         self._seen: tuple[Any, ...] = ()
         self._spool = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - it lives as long as the run, and __exit__ closes it
 
     def begin(self, started: RunStarted, plan: Plan, machines: Iterable[Machine], here: State) -> None:
         """Note the start of the run from the state `here`, on which machines, and its parts in the order in which rows pass."""
-        self._about = {"request": dict(here.request), "facts": dict(here.facts)}
+        self._about = {"request": dict(here.request), "facts": dict(here.facts), "units": here.units}
         groups = [GroupPlanned(READER, "reader"), *(_planned(group) for group in plan.groups), GroupPlanned(WRITER, "writer")]
         self.add([started, *groups])
         self.see(machines)

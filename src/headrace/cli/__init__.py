@@ -19,11 +19,12 @@ import sys
 import typer
 from rich.console import Console
 
+from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
 from headrace.cli.replay import replay
 from headrace.cli.run import run
-from headrace.cli.runs import diff, runs
+from headrace.cli.runs import runs
 from headrace.errors import HeadraceError, StageError, StoppedError
 
 app = typer.Typer(

@@ -1,201 +1,247 @@
-"""Runs by the folders that they leave: found, told in a line each, and compared two by two. Only reads."""
+"""Which runs there are below some folders, and how each stands: a reading of what they left beside their outputs."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import fnmatch
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
 from headrace import heartbeat, ledger
-from headrace.errors import HeadraceError, OutputError
+from headrace.errors import HeadraceError, OutputError, nearest
 from headrace.filesystems import Place, locate
-from headrace.ledger import HOME
+from headrace.ledger import HOME, SUCCESS
 from headrace.store import Folder
-from headrace.units import read_units
+from headrace.units import rows_in
 
-HELD_BACK = "what held it back"
-_DEEP = 4  # folders below the one that was named
-_AT_ONCE = 16  # folders looked at: on an object store, each look is a round trip
+DAMAGED, RUNNING, INTERRUPTED = "damaged", "running", "interrupted"
+REPORT = f"{HOME}/report.json"
+
+_DEEPEST = 6  # folders below one that is named
+_AT_ONCE = 16  # outputs that are read at the same time, for a store may be far away
+_LAST_S = 1e11  # beyond any calendar
+_WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a folder tells of its run. Figures that it does not tell are None.
+    """The last run on an output.
 
-    `state` is that of the latest run: `running`, `succeeded`, `stopped`, `failed`, `interrupted` (it died without a word) or
-    `damaged`; `error` says more of the last two and of a failure. `rows` are those of the input.
+    `state` is how it ended (`succeeded`, `stopped`, `failed`), `running`, `interrupted` where it died without an end, or
+    `damaged` where that cannot be told; `why` says more. `rows` are settled, dead letters included, of `total`, if that is known.
+    Times are in seconds; an interrupted run has that up to its last sign of life.
     """
 
     output: str
     state: str
+    run: str = ""
     pipeline: str = ""
-    rows: int | None = None
-    rows_out: int | None = None
-    dead_letters: int | None = None
-    started_s: float | None = None
+    rows: int = 0
+    total: int | None = None
+    dead_letters: int = 0
+    began_s: float | None = None
     wall_s: float | None = None
-    rows_per_s: float | None = None
     usd: float | None = None
-    error: str = ""
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dataclasses.asdict(self)
 
 
-def find(folders: Iterable[str]) -> list[Run]:
-    """The runs whose outputs are these folders or URIs, or lie up to four folders below them; the latest first.
+def runs(uris: Iterable[str]) -> list[Run]:
+    """The last run on each output in or below these folders, globs of folders or URIs; the newest first, damaged ones last.
 
     Raises:
-        OutputError: a folder is not there, or cannot be listed.
+        OutputError: there is no such folder, or it cannot be listed.
     """
-    places = [locate(folder, error=OutputError) for folder in folders]
+    damaged: list[Run] = []
+    seen: set[str] = set()
+    places = {place.uri: place for uri in uris for folder in _folders(uri) for place in _outputs(folder, seen, damaged)}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        outputs, level = dict[str, Place](), places
-        for depth in range(_DEEP + 1):
-            below: list[Place] = []
-            for place, names in zip(level, pool.map(_folders, level, itertools.repeat(not depth)), strict=True):
-                if HOME in names:
-                    outputs[place.uri] = place
-                else:
-                    below += [place.child(name) for name in names if name[:1] not in "._"]
-            level = below
-        runs = list(pool.map(look, outputs.values()))
-    return sorted(runs, key=lambda run: (-(run.started_s or 0.0), run.output))
+        each = map if all(place.is_local for place in places.values()) else pool.map  # threads would only get in each other's way on a local disk
+        found = dict(zip(places, each(_read, places.values()), strict=True))
+        # A run that left no report is at work or dead, which its sign of life tells; those in doubt are watched together.
+        signs = {uri: sign for uri, one in found.items() if one.state == INTERRUPTED and (sign := heartbeat.read(Folder(places[uri])))}
+        there = heartbeat.at_work([(Folder(places[uri]), sign) for uri, sign in signs.items()])
+        alive = dict(zip(signs, there, strict=True))
+        known = each(lambda uri: _going(places[uri], found[uri], signs.get(uri), alive=alive.get(uri, False)), found)
+        return sorted([*known, *damaged], key=lambda one: (one.state == DAMAGED, -(one.began_s or 0.0), one.output))
 
 
-def _folders(place: Place, wanted: bool) -> list[str]:
+def report_in(store: Folder) -> dict[str, Any] | None:
+    """What `report.json` of an output says; None where there is none.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     try:
-        infos = place.filesystem.get_file_info(fs.FileSelector(place.path or "/"))
-    except (OSError, pa.ArrowException) as error:
-        if wanted:
-            raise OutputError(f"cannot list {place.uri!r}: {error}; name a folder with outputs of headrace, or one of them") from error
-        return []  # not ours to read, or gone meanwhile
-    return [info.base_name for info in infos if info.type == fs.FileType.Directory]
-
-
-def look(place: Place) -> Run:
-    """What the output at `place` tells of its latest run."""
-    store = Folder(place)
-    try:
-        newest, report = ledger.newest(store), _report(store)
-        if heartbeat.holder(store) == newest != "":
-            return _unreported(place, store, "running")
-        if not newest:
-            return Run(output=place.uri, state="damaged", error="it has no ledger")
-        if report is None or report.get("run") != newest:
-            return _unreported(place, store, "interrupted")
-        names = ("pipeline", "state", "rows", "rows_out", "dead_letters", "started_s", "wall_s", "rows_per_s", "error")
-        return Run(output=place.uri, usd=(report["cost"] or {}).get("usd"), **{name: report[name] for name in names})
-    except (HeadraceError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        first = next(iter(str(error).splitlines()), "")
-        return Run(output=place.uri, state="damaged", error=f"{type(error).__name__}: {first}")
-
-
-def _unreported(place: Place, store: Folder, state: str) -> Run:
-    """A run that has left no report yet, by its ledger."""
-    known = ledger.load(store)
-    if known is None:
-        return Run(output=place.uri, state=state, rows_out=0, dead_letters=0)
-    counts = [unit.rows if unit.rows is not None else known.counts.get(unit.id) for unit in read_units(store.read(f"{HOME}/{known.units}"))]
-    rows = None if None in counts else sum(filter(None, counts))
-    started_s = min((file.at_s for file in known.files.values() if file.at_s), default=None)
-    name = str(known.request.get("pipeline") or "")
-    return Run(output=place.uri, state=state, pipeline=name, rows=rows, rows_out=known.rows_done, dead_letters=known.rows_dead, started_s=started_s)
-
-
-def _report(store: Folder) -> dict[str, Any] | None:
-    try:
-        found = json.loads(store.read(f"{HOME}/report.json"))
+        return parse(store.read(REPORT))
     except FileNotFoundError:
         return None
-    if not isinstance(found, dict):
-        raise ValueError("report.json is no object")
-    return found
+    except ValueError as error:
+        raise OutputError(f"{store.place.child(REPORT).uri!r} is damaged: {error}") from error
 
 
-def told(path: str) -> dict[str, Any]:
-    """The report that a run left: in an output folder or URI, or as a `report.json`.
+def parse(content: bytes) -> dict[str, Any]:
+    """The content of a `report.json`; ValueError where it is no such thing."""
+    values = json.loads(content)
+    if not isinstance(values, dict) or not {"pipeline", "output", "run", "state", "started_s", "rows_in"} <= values.keys():
+        raise ValueError("it is no report of a run")
+    return values
+
+
+def _read(place: Place) -> Run:
+    """The run as its report has it; as interrupted, without more, where it left none."""
+    try:
+        store = Folder(place)
+        run, report = ledger.holder(store), report_in(store)
+        if report is not None and report["run"] == run:
+            return _ended(place.uri, report)
+        if not run:
+            return Run(output=place.uri, state=DAMAGED, why="its ledger is gone" if report else "it has no ledger; headrace 0.1.0 kept none")
+        return Run(output=place.uri, state=INTERRUPTED, run=run)
+    except (HeadraceError, KeyError, TypeError, ValueError) as error:
+        return Run(output=place.uri, state=DAMAGED, why=_said(error))
+
+
+def _ended(output: str, report: Mapping[str, Any]) -> Run:
+    return Run(
+        output=output,
+        state=str(report["state"]),
+        run=str(report["run"]),
+        pipeline=str(report["pipeline"]),
+        rows=int(report["rows_in"]),
+        total=None if report["rows"] is None else int(report["rows"]),
+        dead_letters=int(report["dead_letters"]),
+        began_s=_seconds(report["started_s"]),
+        wall_s=_seconds(report["wall_s"]),
+        usd=None if (cost := report.get("cost")) is None or cost["usd"] is None else float(cost["usd"]),
+        why=str(report.get("error", "")),
+    )
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value < _LAST_S:
+        raise ValueError(f"{value!r} is no time in seconds")
+    return float(value)
+
+
+def _going(place: Place, run: Run, sign: Mapping[str, Any] | None, *, alive: bool) -> Run:
+    """A run without a report as its ledger has it."""
+    if run.state != INTERRUPTED:
+        return run
+    try:
+        store = Folder(place)
+        state = ledger.load(store)
+        if sign is None or sign["run"] != run.run:
+            alive, sign = False, {}
+        if not alive and (now := _read(place)).state != INTERRUPTED:
+            return now  # it ended while it was watched
+        began_s, last_s = sign.get("began_s") or _age(place, run.run), sign.get("at_s")
+        wall_s = None if began_s is None or last_s is None else max(0.0, last_s - began_s)
+        run = dataclasses.replace(run, state=RUNNING if alive else INTERRUPTED, began_s=began_s, wall_s=wall_s)
+        if state is None:
+            return run
+        if not alive and state.finished and SUCCESS in store.names(""):
+            run = dataclasses.replace(run, state="succeeded")  # it died after its last file was in its place
+        total = rows_in(store.read(state.units), state.counts)
+        pipeline, dead = str(state.request.get("pipeline", "")), state.rows_dead
+        return dataclasses.replace(run, pipeline=pipeline, rows=state.rows_done + dead, total=total, dead_letters=dead)
+    except FileNotFoundError:
+        return dataclasses.replace(run, state=DAMAGED, why="its table of units is gone")
+    except (HeadraceError, OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        return dataclasses.replace(run, state=DAMAGED, why=_said(error))
+
+
+def _age(place: Place, run: str) -> float | None:
+    """When a run claimed its output, by the clock of the file system."""
+    changed_ns = place.filesystem.get_file_info(place.child(ledger.claim_of(run)).path).mtime_ns
+    return None if changed_ns is None else changed_ns / 1e9
+
+
+def _said(error: BaseException) -> str:
+    return str(error).partition("\n")[0] if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+
+
+def _folders(uri: str) -> list[Place]:
+    """The folder that a path means, or those that match a glob; `*` stays within a folder.
 
     Raises:
-        OutputError: there is none, or it cannot be read.
+        OutputError: there is none.
     """
-    place = locate(path, error=OutputError)
-    name = "" if PurePosixPath(place.path).suffix == ".json" else f"{HOME}/report.json"
+    place = locate(uri.rstrip("/") or uri, error=OutputError)
     try:
-        report = json.loads(Folder(place).read(name))
-        if missing := [key for key in ("run", "rows_in", "groups") if key not in report]:
-            raise ValueError(f"it has no {missing[0]!r}")
-    except FileNotFoundError as error:
-        raise OutputError(f"{path!r} has no report of a run: name an output folder of headrace, or a report.json; headrace runs DIR lists them") from error
-    except (ValueError, TypeError) as error:
-        raise OutputError(f"the report of {path!r} cannot be read: {error}") from error
-    return dict(report)
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One thing in which two runs differ; `ratio` is the second over the first, of figures that are not 0."""
-
-    about: str
-    what: str
-    first: Any
-    second: Any
-
-    @property
-    def ratio(self) -> float | None:
-        """The second over the first."""
-        both = [value for value in (self.first, self.second) if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        return both[1] / both[0] if len(both) == 2 and both[0] else None
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """In what two runs differ by their reports: what was run, what came of it, what it cost, and where each group's time went."""
-    found = []
-    for about, one, other in _sections(first, second):
-        for what in dict.fromkeys((*one, *other)):
-            if one.get(what) != other.get(what):
-                found.append(Difference(about, what, one.get(what), other.get(what)))
+        if place.filesystem.get_file_info(place.path).type == fs.FileType.Directory:
+            return [place]
+        segments = place.path.split("/")
+        first = next((at for at, segment in enumerate(segments) if _WILD.search(segment)), len(segments) - 1)
+        root = "/" if place.uri.startswith("/") else os.curdir
+        base = Place(place.filesystem, "/".join(segments[:first]) or "/", "/".join(place.uri.split("/")[: first - len(segments)]) or root)
+        found = [base]
+        for pattern in segments[first:]:
+            below = [child for folder in found for child in _below(folder)]
+            found = [child for child in below if fnmatch.fnmatchcase(_name(child), pattern)]
+        if not found:
+            hint = nearest(_name(place), map(_name, _below(base))) if first == len(segments) - 1 else ""
+            raise OutputError(f"there is no folder {uri!r}{hint}")
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"cannot list {uri!r}: {error}") from error
     return found
 
 
-def _sections(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Pairs of what can be compared by name, each with what it is about."""
-    yield "versions", one.get("versions") or {}, other.get("versions") or {}
-    yield "what was run", one.get("facts") or {}, other.get("facts") or {}
-    yield "the run", _figures(one), _figures(other)
-    yield "dead letters", one.get("causes") or {}, other.get("causes") or {}
-    before, after = ({group["name"]: _group(group) for group in report["groups"]} for report in (one, other))
-    yield "groups", {name: "there" for name in before if name not in after}, {name: "there" for name in after if name not in before}
-    for name in before:
-        if name in after:
-            yield name, before[name], after[name]
-    yield HELD_BACK, {"": one.get("bottleneck") or ""}, {"": other.get("bottleneck") or ""}
+def _outputs(folder: Place, seen: set[str], damaged: list[Run]) -> Iterator[Place]:
+    """The outputs in a folder and below it, level by level, but for those that were seen before. There is nothing below an output.
+
+    Folders that cannot be listed go to `damaged`.
+    """
+    level = [folder]
+    for _ in range(_DEEPEST + 1):
+        fresh: dict[str, Place] = {}
+        for place in level:
+            fresh.setdefault(_identity(place), place)
+        level = [place for known, place in fresh.items() if known not in seen]
+        seen.update(fresh)
+        homes = folder.filesystem.get_file_info([place.child(HOME).path for place in level])
+        below = []
+        for place, home in zip(level, homes, strict=True):
+            if home.type == fs.FileType.Directory:
+                yield place
+                continue
+            try:
+                below += _below(place)
+            except (OSError, pa.ArrowException) as error:
+                damaged.append(Run(output=place.uri, state=DAMAGED, why=f"it cannot be listed: {error}"))
+        if not below:
+            return
+        level = below
 
 
-def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    names = (
-        "state",
-        "error",
-        "rows_in",
-        "rows_out",
-        "dead_letters",
-        "files",
-        "bytes",
-        "wall_s",
-        "startup_s",
-        "rows_per_s",
-        "steady_rows_per_s",
-        "process_deaths",
-    )
-    cost = report.get("cost") or {}
-    return {name: report.get(name) for name in names} | {name: cost.get(name) for name in ("usd", "usd_per_million_rows", "idle")}
+def _below(folder: Place) -> list[Place]:
+    """The folders in a folder, but for those that readers of data skip as well."""
+    infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == fs.FileType.Directory and info.base_name[:1] not in ("_", "."))
+    return [_child(folder, name) for name in names]
 
 
-def _group(group: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("kind", "cpus", "gpus", "rows", "rows_per_s", "busy_s", "replicas", "setup_s", "padding")
-    rules = {"rules": ", ".join(group.get("rules") or ())}
-    return {name: group.get(name) for name in names} | rules | dict(group.get("shares") or {})
+def _child(folder: Place, name: str) -> Place:
+    """The place below, called as the user would call it: nobody writes `./out`."""
+    child = folder.child(name)
+    return Place(child.filesystem, child.path, name) if folder.uri == os.curdir else child
+
+
+def _identity(place: Place) -> str:
+    """What a folder is called by all who mean it; links lead to one more than once, or in circles."""
+    return os.path.realpath(place.path) if place.is_local else place.uri
+
+
+def _name(place: Place) -> str:
+    return place.path.rpartition("/")[2]
