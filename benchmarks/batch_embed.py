@@ -413,7 +413,7 @@ def main() -> None:
     parser.add_argument("--daft-python", help="the python of an environment with Daft")
     parser.add_argument("--openvino-python", help="the python of an environment with sentence-transformers' OpenVINO backend")
     parser.add_argument("--cache", default="/tmp/batch-embed-cache", help="where verdicts and converted models are kept")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/batch_embed.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/batch_embed_ROWS.json")
     for hidden in ("--contender", "--output"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -441,7 +441,7 @@ def main() -> None:
             "versions": {name: version(name) for name in packages},
         }
         content |= {"verdicts": verdicts, "skipped": skipped, "median": summary, "ratios": ratios, "rounds": results}
-        (HERE / "results/batch_embed.json").write_text(json.dumps(content, indent=1) + "\n")
+        (HERE / f"results/batch_embed_{options.rows}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def compare(results: dict[str, list[dict[str, float]]]) -> dict[str, float]:
