@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -61,6 +62,23 @@ def test_the_live_view() -> None:
         "(write)              0     0.0    1 task      1",
         "45 dead letters, 1 unreadable, 1 death of processes",
     ]
+
+
+def test_a_recorded_run(golden: Callable[[str, str], None]) -> None:
+    """What a terminal showed of a run every few seconds, colours and all, and the lines of the same moments elsewhere."""
+    priced = MachinesSeen((("10.0.0.1", None, None, 16.0, 64.0, 0.0, None),), at_s=1.0)
+    events = sorted([*GOING, priced, *(Committed(3100, 0, at_s=21.0 + at) for at in range(10))], key=lambda event: event.at_s)
+    shown, lines = io.StringIO(), []
+    console = Console(file=shown, width=110, force_terminal=True, color_system="standard", legacy_windows=False)
+    for now in (1, 9, 12, 20, 31):
+        tally = Tally(Meter(Prices.parse(["60"])))
+        tally.add([event for event in events if event.at_s <= now])
+        tally.last_s = float(now)
+        report = Report.of(tally, output="out", state=None)
+        console.print(frame(report))
+        lines.append(line(report) + "\n")
+    golden("live.ansi", shown.getvalue())
+    golden("lines.txt", "".join(lines))
 
 
 def test_the_live_view_before_anything_is_known() -> None:

@@ -87,7 +87,7 @@ def frame(report: Report) -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(report.pipeline, style="bold"),
-        ProgressBar(total=1.0, completed=report.share or 0.0, width=_BAR),
+        ProgressBar(total=1.0, completed=report.share or 0.0, width=_BAR, complete_style="green", finished_style="green"),
         Text(f"{report.share:4.0%}" if report.share is not None else "  - "),
         Text(f"{settled:,}" + (f" of {count(report.rows, 'row')}" if report.rows is not None else " rows")),
         Text(", ".join([duration(report.wall_s), _rest(report), *_spent(report)]), style="dim"),
@@ -128,6 +128,8 @@ def line(report: Report) -> str:
 
 
 def _rest(report: Report) -> str:
+    if report.share == 1:
+        return "finishing"
     if report.eta_s is not None:
         return f"{duration(report.eta_s)} left"
     return "starting" if report.first_rows_s is None else "running"
