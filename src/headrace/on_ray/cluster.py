@@ -60,6 +60,7 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
         raise RunError(f"cannot join Ray at {where!r}: {error}. It must be the head's host:6379; without an address, Ray starts here") from error
     try:
         with (
+            contextlib.nullcontext() if where or verbose else compat.alone(),
             contextlib.nullcontext() if verbose else compat.muted(),
             contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}),
         ):
