@@ -35,7 +35,7 @@ HOMES = {
 }
 """Where alone an engine may be imported, inside functions included."""
 
-BOUNDARIES = {("worker.py", "_user_code"), ("cli/loading.py", "_import"), ("stage.py", "_reads")}
+BOUNDARIES = {("calls.py", "_user_code"), ("cli/loading.py", "_import"), ("stage.py", "_reads")}
 """Functions that may catch whatever is raised, because code that is not ours runs in them."""
 
 BANNED_NAME = re.compile(r"Base[A-Z_]|\w*(Manager|Handler|Factory)s?$")

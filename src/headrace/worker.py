@@ -11,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import threading
 import time
-import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.arrays import to_arrow, to_stage
 from headrace.batching import Indices, Tokens
+from headrace.calls import Outcome, attempt, call, call_when_ready, encode, gather, out_of_memory, set_up, whole
 from headrace.columns import from_arrow
-from headrace.errors import ContractError, HeadraceError, StageError, WiringError, listing, nearest
+from headrace.errors import StageError, WiringError
 from headrace.events import BlockDone, BudgetHalved, Event
 from headrace.lineage import FAULT, HIDDEN, ROW, UNIT, Fault
 from headrace.stage import Stage
@@ -39,12 +41,7 @@ a good row: two such deaths, both while the same row ran alone, are no coinciden
 _MOST_DEATHS = 200  # in one block; more than its rows explain, unless dozens of them are deadly
 
 _DIED = "ProcessDied"
-_MESSAGE_CHARS, _FRAMES_CHARS = 2_000, 8_000
-_PACKAGE = __name__.partition(".")[0]
-
 T = TypeVar("T")
-Outcome = dict[str, pa.Array] | Fault
-"""What a call comes to: the columns that the stage writes, or why there are none."""
 
 
 class Guard(Protocol):
@@ -62,6 +59,9 @@ class Worker:
 
     Instances of classes are copied before `setup`, so that a pipeline object can be run many times. `note` is what their
     `setup` returned, if that is text.
+
+    With a `thread` of its own, stages are set up and called in that one, as libraries with state per thread need it, and
+    several threads may run a block each: one is cut up or put together while another computes, and only one computes.
     """
 
     def __init__(
@@ -73,8 +73,12 @@ class Worker:
         overlap: bool = True,
         emit: Callable[[Event], object] = lambda event: None,
         guard: Guard | None = None,
+        thread: Executor | None = None,
     ) -> None:
-        ready = [set_up(stage, device) for stage in stages]
+        self.thread = thread
+        self.depth = 1 if thread is None else 2  # calls that are under way or next in line
+        self.turn = threading.Lock()
+        ready = [self._submit(set_up, stage, device).result() for stage in stages]
         self.stages = [stage for stage, _ in ready]
         self.note = "; ".join(note for _, note in ready if note)
         self.group = group
@@ -100,16 +104,20 @@ class Worker:
                 raise StageError(f"the process died {deaths} times in the {key}; the cause lies outside of single rows", self.group)
             return self._block(data, carries, self.guard if deaths >= DEATHS else None)
 
+    def _submit(self, step: Callable[..., T], *given: Any) -> Future[T] | _Here[T]:
+        """A step's result, from the worker's own thread if it has one, else from this one, when it is asked for."""
+        return _Here(step, given) if self.thread is None else self.thread.submit(step, *given)
+
     def _block(self, data: pa.Table, carries: Iterable[str] | None, watch: Guard | None) -> pa.Table:
         """One stage after the other; `watch` is told of every call, and keeps those that were deadly from being made again."""
-        started, padded, real = time.perf_counter(), 0, 0
+        started, padded, real, turn = time.perf_counter(), 0, 0, _Turn(self.turn)
         for stage in self.stages:
             data = data.combine_chunks()
             lengths, rows = measure(stage, data), _good(data)
             widths = _widths(stage, data, lengths)
             results: list[tuple[Indices, dict[str, pa.Array]]] = []
             faults: dict[int, Fault] = {}
-            for indices, outcome in self._run(stage, data, self._slices(stage, lengths, rows), lengths, watch):
+            for indices, outcome in self._run(stage, data, self._slices(stage, lengths, rows), lengths, watch, turn):
                 if isinstance(outcome, Fault):
                     faults[int(indices[0])] = outcome
                 else:
@@ -117,13 +125,16 @@ class Worker:
                 padded += len(indices) * int(widths[indices].max(initial=0))
             real += int(widths[rows].sum())
             data = _mark(_merge(data, stage, results), faults)
-        self.emit(BlockDone(self.group, data.num_rows, time.perf_counter() - started, real, padded))
+        busy_s = time.perf_counter() - started if self.thread is None else turn.taken_s
+        self.emit(BlockDone(self.group, data.num_rows, busy_s, real, padded))
         return data if carries is None else data.select([name for name in dict.fromkeys((*carries, *HIDDEN)) if name in data.column_names])
 
     def _slices(self, stage: Stage, lengths: Indices, rows: Indices) -> list[Indices]:
         return [rows[part] for part in stage.batch.slices(lengths[rows], shrink=self.shrink[stage.name])]
 
-    def _run(self, stage: Stage, data: pa.Table, slices: list[Indices], lengths: Indices, watch: Guard | None) -> Iterator[tuple[Indices, Outcome]]:
+    def _run(
+        self, stage: Stage, data: pa.Table, slices: list[Indices], lengths: Indices, watch: Guard | None, turn: _Turn
+    ) -> Iterator[tuple[Indices, Outcome]]:
         """Every slice's row indices and outcome, where a fault is always that of a single row.
 
         A slice that fails is called again in halves, down to its rows; one that killed the process at once row by row, since a
@@ -134,7 +145,7 @@ class Worker:
             done = 0
             again: list[Indices] = []
             try:
-                for outcome in self._stream(stage, data, slices, watch):
+                for outcome in self._stream(stage, data, slices, watch, turn):
                     indices = slices[done]
                     if isinstance(outcome, Fault):
                         calls[indices] += outcome.attempts
@@ -145,7 +156,7 @@ class Worker:
                         yield indices, outcome
                     done += 1
             except StageError as error:
-                if not _out_of_memory(error.__cause__) or len(slices[done]) == 1:
+                if not out_of_memory(error.__cause__) or len(slices[done]) == 1:
                     raise
             else:
                 slices = again
@@ -160,40 +171,84 @@ class Worker:
             self.emit(BudgetHalved(stage.name, str(stage.batch), self.shrink[stage.name]))
             slices = [part for rows in (*slices[done:], *again) for part in self._slices(stage, lengths, rows)]
 
-    def _stream(self, stage: Stage, data: pa.Table, slices: Sequence[Indices], watch: Guard | None) -> Iterator[Outcome]:
+    def _stream(self, stage: Stage, data: pa.Table, slices: Sequence[Indices], watch: Guard | None, turn: _Turn) -> Iterator[Outcome]:
         """Outcomes in order. With `overlap`, a thread cuts out the next slice and encodes the last while the stage computes."""
         isolate = FAULT in data.column_names
         if watch is not None or not self.overlap or len(slices) == 1:
-            for indices in slices:
-                yield _slice(stage, data, indices, isolate) if watch is None else _watched(stage, data, indices, watch)
+            with turn:
+                for indices in slices:
+                    one = (_slice, stage, data, indices, isolate) if watch is None else (_watched, stage, data, indices, watch)
+                    yield self._submit(*one).result()
             return
+        upcoming = iter(slices)
+        cut: deque[tuple[int, Future[dict[str, Any]]]] = deque()  # rows and inputs, waiting to be called with
+        called: deque[tuple[int, Future[Any] | _Here[Any]]] = deque()
+        encoding: Future[Outcome] | None = None
+        failed = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="headrace-overlap") as side:
-            ahead = side.submit(_gather, stage, data, slices[0])
-            encoding: Future[Outcome] | None = None
-            for at, indices in enumerate(slices):
-                inputs = ahead.result()
-                if at + 1 < len(slices):
-                    ahead = side.submit(_gather, stage, data, slices[at + 1])
+
+            def ahead() -> None:
+                if (indices := next(upcoming, None)) is not None:
+                    cut.append((len(indices), side.submit(gather, stage, data, indices)))
+
+            ahead()
+            wait([cut[0][1]])  # before the turn is taken
+            with turn:
                 try:
-                    outputs = _attempt(isolate, len(indices), _call, stage, inputs)
-                finally:  # the slice before is complete whatever this one does: hand it over first
-                    before, encoding = encoding, None
-                    if before is not None:
-                        yield before.result()
-                encoding = side.submit(_attempt, isolate, len(indices), _encode, stage, outputs, len(indices))
+                    while cut or called:
+                        ahead()
+                        while cut and len(called) < self.depth:
+                            rows, inputs = cut.popleft()
+                            called.append((rows, self._submit(_unless, failed, attempt, isolate, rows, call_when_ready, stage, inputs)))
+                        rows, result = called.popleft()
+                        try:
+                            outputs = result.result()
+                        finally:  # the slice before is complete whatever this one does: hand it over first
+                            before, encoding = encoding, None
+                            if before is not None:
+                                yield before.result()
+                        encoding = side.submit(attempt, isolate, rows, encode, stage, outputs, rows)
+                finally:
+                    wait([result for _, result in called if isinstance(result, Future) and not result.cancel()])  # none may run on after the turn
             if encoding is not None:
                 yield encoding.result()
 
 
-def set_up(stage: Stage, device: str) -> tuple[Stage, str]:
-    """The stage with an instance of its own on which `setup` has run, if it is a class; and what `setup` had to say."""
-    if not stage.is_model:
-        return stage, ""
-    call, note = dataclasses.replace(stage.call), None  # type: ignore[type-var]
-    if hasattr(call, "setup"):
-        with _user_code(stage, "setup failed"):
-            note = call.setup(device)
-    return dataclasses.replace(stage, call=call), note if isinstance(note, str) else ""
+@dataclass(frozen=True, slots=True)
+class _Here(Generic[T]):
+    """Like a future of a step that runs in the thread that asks for its result."""
+
+    step: Callable[..., T]
+    given: tuple[Any, ...]
+
+    def result(self) -> T:
+        return self.step(*self.given)
+
+
+def _unless(failed: threading.Event, step: Callable[..., T], *given: Any) -> T:
+    """The step's result, unless one before it has raised: what was next in line then is not begun."""
+    if failed.is_set():
+        raise CancelledError
+    try:
+        return step(*given)
+    finally:
+        if sys.exception() is not None:
+            failed.set()
+
+
+class _Turn:
+    """A block's turns at computing, and the time that they took in all."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock, self.taken_s, self.since = lock, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.taken_s += time.perf_counter() - self.since
+        self.lock.release()
 
 
 def measure(stage: Stage, data: pa.Table) -> Indices:
@@ -233,52 +288,10 @@ def _good(data: pa.Table) -> Indices:
     return np.flatnonzero(data[FAULT].is_null()) if FAULT in data.column_names else np.arange(data.num_rows)
 
 
-def _gather(stage: Stage, data: pa.Table, indices: Indices) -> dict[str, Any]:
-    """The slice's columns as the stage receives them. Neighbouring rows are cut without a copy."""
-    whole = data.select(list(stage.reads))
-    adjoining = len(indices) and indices[-1] - indices[0] + 1 == len(indices) and (np.diff(indices) == 1).all()
-    part = whole.slice(int(indices[0]), len(indices)) if adjoining else whole.take(pa.array(indices))
-    return {name: to_stage(_one(part[name]), column) for name, column in stage.reads.items()}
-
-
-def _one(array: pa.ChunkedArray) -> pa.Array:
-    return array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
-
-
-def _call(stage: Stage, inputs: dict[str, Any]) -> Any:
-    with _user_code(stage, "raised"):
-        return stage.call(**inputs)
-
-
-def _encode(stage: Stage, outputs: Any, rows: int) -> Outcome:
-    """The stage's result as Arrow arrays, checked against what it declared. A fault of the call stays one."""
-    if isinstance(outputs, Fault):
-        return outputs
-    if not isinstance(outputs, dict):
-        raise ContractError(
-            f"stage {stage.name!r} returned {type(outputs).__name__}; it must return a dict of columns, such as {{{next(iter(stage.writes))!r}: [...]}}",
-            stage.name,
-        )
-    if missing := [name for name in stage.writes if name not in outputs]:
-        raise ContractError(
-            f"stage {stage.name!r} did not return {missing[0]!r}, which its out declares; it returned {listing(outputs)}" + nearest(missing[0], outputs),
-            stage.name,
-        )
-    if extra := [name for name in outputs if name not in stage.writes]:
-        raise ContractError(f"stage {stage.name!r} returned {extra[0]!r}, which its out does not declare; add it to out, or leave it away", stage.name)
-    arrays = {}
-    for name, column in stage.writes.items():
-        try:
-            arrays[name] = to_arrow(outputs[name], column, rows=rows)
-        except ValueError as error:
-            raise ContractError(f"stage {stage.name!r} returned a wrong {name!r}, declared as {column}: {error}", stage.name) from error
-    return arrays
-
-
 def _slice(stage: Stage, data: pa.Table, indices: Indices, isolate: bool) -> Outcome:
     """What one call comes to, from the block's columns to the stage's."""
-    outputs = _attempt(isolate, len(indices), _call, stage, _gather(stage, data, indices))
-    return _attempt(isolate, len(indices), _encode, stage, outputs, len(indices))
+    outputs = attempt(isolate, len(indices), call, stage, gather(stage, data, indices))
+    return attempt(isolate, len(indices), encode, stage, outputs, len(indices))
 
 
 def _watched(stage: Stage, data: pa.Table, indices: Indices, watch: Guard) -> Outcome:
@@ -306,24 +319,6 @@ def _key(what: str, data: pa.Table, rows: Sequence[int] | Indices) -> str:
     return f"{what}, rows {first} to {last}, {len(rows)} in all"
 
 
-def _attempt(isolate: bool, rows: int, step: Callable[..., T], *given: Any) -> T | Fault:
-    """What the step makes of what it is given; its StageError as a fault if `isolate`, unless fewer rows may fit an accelerator's memory."""
-    try:
-        return step(*given)
-    except StageError as error:
-        if not isolate or (rows > 1 and _out_of_memory(error.__cause__)):
-            raise
-        # Text alone: the traceback would keep the failed call's tensors.
-        cause = error if isinstance(error, ContractError) else error.__cause__ or error
-        return Fault(error.stage, type(cause).__name__, _shorten(str(cause), _MESSAGE_CHARS), _shorten(error.frames, _FRAMES_CHARS))
-
-
-def _shorten(text: str, most: int) -> str:
-    """The text without its middle, if it is long, and without lone surrogates, which UTF-8 cannot hold."""
-    text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2) :]}"
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _mark(data: pa.Table, faults: dict[int, Fault]) -> pa.Table:
     """`data` with the faults of those rows."""
     if not faults:
@@ -331,7 +326,7 @@ def _mark(data: pa.Table, faults: dict[int, Fault]) -> pa.Table:
     at = data.schema.get_field_index(FAULT)
     failed = np.isin(np.arange(data.num_rows), list(faults))
     texts = pa.array([faults[row].to_json() for row in sorted(faults)], data.schema.types[at])
-    return data.set_column(at, FAULT, pc.replace_with_mask(_one(data[FAULT]), pa.array(failed), texts))
+    return data.set_column(at, FAULT, pc.replace_with_mask(whole(data[FAULT]), pa.array(failed), texts))
 
 
 def _merge(data: pa.Table, stage: Stage, results: list[tuple[Indices, dict[str, pa.Array]]]) -> pa.Table:
@@ -348,27 +343,3 @@ def _merge(data: pa.Table, stage: Stage, results: list[tuple[Indices, dict[str, 
         at = data.schema.get_field_index(name)
         data = data.append_column(name, array) if at < 0 else data.set_column(at, name, array)
     return data
-
-
-@contextlib.contextmanager
-def _user_code(stage: Stage, what: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into a StageError that shows the user's own frames."""
-    try:
-        yield
-    except HeadraceError:
-        raise
-    except BaseException as error:  # the user's code may raise anything: this is the boundary to it
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # as Rust libraries raise when they fail on a row
-            raise
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"/{_PACKAGE}/worker.py" not in frame.filename]
-        lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-        raise StageError(f"stage {stage.name!r} {what}: {type(error).__name__}: {error}", stage.name, "".join(lines)) from error
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether an accelerator ran out of memory; known by name and text, since no framework is imported here."""
-    if error is None:
-        return False
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch, cupy
-    text = str(error)
-    return named or "RESOURCE_EXHAUSTED" in text or ("CUDA" in text and "out of memory" in text)  # JAX, older CUDA callers

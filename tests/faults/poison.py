@@ -66,10 +66,16 @@ class Model:
         return double(id, self.kind, {int(one) for one in self.bad.split(",")})
 
 
+@hr.stage(out={"y": int}, on=[hr.gpu(0.5)], replicas=2, batch=16)
+class Accelerated(Model):
+    """On an accelerator, if only by name: a replica works on two blocks at a time."""
+
+
 def pipeline(form, kind, bad):
     """The pipeline with a bad function or a bad model."""
-    if form == "model":
-        return hr.Pipeline("poison", Model(kind=kind, bad=",".join(map(str, bad))))
+    if form != "function":
+        model = Accelerated if form == "accelerated" else Model
+        return hr.Pipeline("poison", model(kind=kind, bad=",".join(map(str, bad))))
 
     @hr.stage(out={"y": int}, batch=16)
     def function(id: hr.Column[int]):

@@ -16,7 +16,7 @@ import headrace as hr
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("shared_ray")]
 
-FORM = pytest.mark.parametrize("form", ["function", "model"])
+FORM = pytest.mark.parametrize("form", ["function", "model", "accelerated"])
 BOUND_S = 180  # on a machine that others use as well; alone it takes a tenth of that
 BAD = [3, 77, 1500]
 
@@ -51,7 +51,7 @@ job = poison.pipeline({form!r}, "memory", [77])
 """
 
 
-@FORM
+@pytest.mark.parametrize("form", ["function", "model"])
 def test_a_row_of_6_gb_that_rays_memory_monitor_kills(tmp_path: Path, job_input: Path, figures: Figures, form: str) -> None:
     """The monitor's threshold is set 4 GB above what the machine uses now, so that the row passes it and the machine lives."""
     memory = psutil.virtual_memory()

@@ -56,7 +56,10 @@ def test_two_runs_at_once(stage: Any) -> None:
 
 
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize(("form", "kind"), [("function", "raises"), ("model", "wrong length"), ("function", "memory limit"), ("function", "sigkill")])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("function", "raises"), ("model", "wrong length"), ("function", "memory limit"), ("function", "sigkill"), ("accelerated", "sigkill")],
+)
 def test_a_poison_row(tmp_path: Path, job_input: Path, form: str, kind: str) -> None:
     """It is the one dead letter."""
     hr.run(poison.pipeline(form, kind, [77]), input=str(job_input), output=str(tmp_path / "out"), keep="id")

@@ -32,7 +32,7 @@ def shared_ray() -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")])))
         patch.delenv("RAY_ADDRESS", raising=False)
         with compat.lean():
-            ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
+            ray.init(address="local", num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
+from workers import OVERLAPS, worker_of
 
 import headrace as hr
 from headrace.events import BudgetHalved
@@ -48,11 +49,11 @@ def block(texts, cut=0):
     return pa.concat_tables([data.slice(0, cut), data.slice(cut)])
 
 
-@given(TEXTS, RULES, st.booleans(), st.integers(0, 20))
+@given(TEXTS, RULES, st.sampled_from(OVERLAPS), st.integers(0, 20))
 def test_a_sliced_stage_gives_what_one_call_gives(texts, rule, overlap, cut):
     """Whatever the rule, the chunks and the overlap, the table equals that of a single call over all rows."""
     whole = Worker([stage_of(features, hr.rows(100))], overlap=False)(block(texts))
-    sliced = Worker([stage_of(features, rule)], overlap=overlap)(block(texts, cut))
+    sliced = worker_of([stage_of(features, rule)], overlap=overlap)(block(texts, cut))
     sliced.validate(full=True)
     assert sliced.schema == whole.schema
     assert sliced.to_pydict() == whole.to_pydict()
@@ -66,7 +67,7 @@ def test_fused_stages_give_what_separate_ones_give(texts, first, second):
     assert fused.to_pydict() == Worker(stages[1:])(Worker(stages[:1])(block(texts))).to_pydict()
 
 
-@given(TEXTS, RULES, st.booleans(), st.integers(1, 30))
+@given(TEXTS, RULES, st.sampled_from(OVERLAPS), st.integers(1, 30))
 def test_out_of_memory_loses_and_repeats_no_row(texts, rule, overlap, most):
     """Where a call over `most` rows runs out of memory, each row is still done once, in order, in calls that fit."""
     done, seen = [], []
@@ -77,7 +78,7 @@ def test_out_of_memory_loses_and_repeats_no_row(texts, rule, overlap, most):
         done.extend(text)
         return features(text)
 
-    worker = Worker([stage_of(body, rule)], overlap=overlap, emit=seen.append)
+    worker = worker_of([stage_of(body, rule)], overlap=overlap, emit=seen.append)
     assert worker(block(texts)).to_pydict() == Worker([stage_of(features, rule)])(block(texts)).to_pydict()
     assert sorted(done) == sorted(texts)
     divisors = [event.divisor for event in seen if isinstance(event, BudgetHalved)]
@@ -85,7 +86,7 @@ def test_out_of_memory_loses_and_repeats_no_row(texts, rule, overlap, most):
     assert worker.shrink["probe"] == (divisors[-1] if divisors else 1)
 
 
-@given(TEXTS, RULES, st.booleans())
+@given(TEXTS, RULES, st.sampled_from(OVERLAPS))
 def test_padding_is_counted_as_called(texts, rule, overlap):
     """Padded tokens are at least the rows' own, and exactly the longest row times the rows of each call."""
     sizes, seen = [], []
@@ -94,5 +95,5 @@ def test_padding_is_counted_as_called(texts, rule, overlap):
         sizes.append(len(text) * (max(max(len(t.encode()), 1) for t in text) if isinstance(rule, hr.batching.Tokens) else 1))
         return features(text)
 
-    Worker([stage_of(body, rule)], overlap=overlap, emit=seen.append)(block(texts))
+    worker_of([stage_of(body, rule)], overlap=overlap, emit=seen.append)(block(texts))
     assert seen[-1].padded_tokens == sum(sizes) >= seen[-1].tokens

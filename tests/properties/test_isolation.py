@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
+from workers import OVERLAPS, worker_of
 
 import headrace as hr
 from headrace.arrays import to_rows
@@ -110,11 +111,11 @@ def held(texts, data, rule):
     assert all(same(one[name], other[name], tolerance=0) for one, other in zip(found, expected, strict=True) for name in one)
 
 
-@given(st.lists(GOOD | BAD, max_size=20), RULES, st.booleans(), st.integers(0, 20), st.integers(1, 20))
+@given(st.lists(GOOD | BAD, max_size=20), RULES, st.sampled_from(OVERLAPS), st.integers(0, 20), st.integers(1, 20))
 def test_exactly_the_bad_rows_get_a_fault(texts, rule, overlap, cut, most):
     """Also where too many rows for the accelerator's memory are cut smaller at the same time."""
     seen = []
-    data = Worker(stages_of(rule, most=most), overlap=overlap, emit=seen.append)(block(texts, cut))
+    data = worker_of(stages_of(rule, most=most), overlap=overlap, emit=seen.append)(block(texts, cut))
     held(texts, data, rule)
     (done,) = [event for event in seen if isinstance(event, BlockDone)]
     assert done.rows == len(texts)
@@ -124,8 +125,8 @@ def test_exactly_the_bad_rows_get_a_fault(texts, rule, overlap, cut, most):
 @given(st.lists(GOOD | BAD, max_size=20), RULES, st.integers(0, 20))
 def test_overlap_never_shows_in_faults(texts, rule, cut):
     """The same rows fail in the same way after as many attempts."""
-    one, other = (Worker(stages_of(rule), overlap=overlap)(block(texts, cut)) for overlap in (False, True))
-    assert one == other
+    one, other, third = (worker_of(stages_of(rule), overlap=overlap)(block(texts, cut)) for overlap in OVERLAPS)
+    assert one == other == third
 
 
 @given(st.lists(GOOD | GOOD | BAD | KILLERS, max_size=12), RULES, st.none() | st.integers(1, 60))

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+from workers import OVERLAPS, worker_of
 
 import headrace as hr
 from headrace.errors import HeadraceError
@@ -13,7 +14,7 @@ from headrace.lineage import FAULT, Fault, trace
 from headrace.stage import Stage
 from headrace.worker import DEATHS, Worker
 
-OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapping"])
+OVERLAP = pytest.mark.parametrize("overlap", OVERLAPS, ids=["in turn", "overlapping", "in a thread"])
 
 
 def traced(values):
@@ -87,7 +88,7 @@ def deadly(killers, *, batch=4, bad=(), overlap=False):
             return {"z": [value.upper() for value in y]}
 
         stages = [Stage.of(hr.stage(out={"y": str}, batch=3)(first)), Stage.of(hr.stage(out={"z": str}, batch=batch)(second))]
-        return Worker(stages, group="second", overlap=overlap, guard=notes)
+        return worker_of(stages, group="second", overlap=overlap, guard=notes)
 
     return make
 

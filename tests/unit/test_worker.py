@@ -1,20 +1,24 @@
 """Workers: a group's stages over a block, and what is said when a stage breaks its word."""
 
 import itertools
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from workers import OVERLAPS, worker_of
 
 import headrace as hr
+from headrace.calls import set_up
 from headrace.errors import ContractError, HeadraceError, StageError, WiringError
 from headrace.events import BlockDone, BudgetHalved
 from headrace.lineage import FAULT, HIDDEN, Fault, trace
 from headrace.stage import Stage
-from headrace.worker import Worker, measure, set_up
+from headrace.worker import Worker, measure
 
-OVERLAP = pytest.mark.parametrize("overlap", [False, True])
+OVERLAP = pytest.mark.parametrize("overlap", OVERLAPS)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -32,7 +36,7 @@ def stage_of(function, out=str, reads=str, **options):
 
 def run(stage, values, *, overlap=False, emit=lambda event: None):
     """The values of `y` for those of `x`."""
-    return Worker([stage], group="g", overlap=overlap, emit=emit)(pa.table({"x": values}))["y"].to_pylist()
+    return worker_of([stage], group="g", overlap=overlap, emit=emit)(pa.table({"x": values}))["y"].to_pylist()
 
 
 @OVERLAP
@@ -72,7 +76,7 @@ def test_a_stage_that_raises(overlap):
     error = caught.value
     assert (str(error), error.stage) == ("stage 'probe' raised: ZeroDivisionError: integer division or modulo by zero", "probe")
     assert "in broken" in error.frames
-    assert "headrace/worker.py" not in error.frames
+    assert "headrace/calls.py" not in error.frames
     assert isinstance(error.__cause__, ZeroDivisionError)
 
 
@@ -120,6 +124,34 @@ def test_what_a_set_up_returns_is_noted():
     chatty = hr.stage(out={"y": str})(Chatty)
     assert Worker([Stage.of(chatty(prefix="/"))]).note == "8 bits"
     assert Worker([Stage.of(chatty(prefix=""))]).note == ""
+
+
+def test_a_thread_of_its_own():
+    """Stages are set up and called in it, one call at a time, while several threads run a block each."""
+    seen, busy, both = [], threading.Lock(), threading.Barrier(2)
+
+    class Bound(Model):
+        def setup(self, device: str):
+            super().setup(device)
+            self.thread = threading.get_ident()
+
+        def __call__(self, x: hr.Column[str]):
+            assert busy.acquire(blocking=False), "two calls at a time"
+            seen.append((threading.get_ident() == self.thread, set(x)))
+            busy.release()
+            return super().__call__(x)
+
+    with ThreadPoolExecutor(1) as own, ThreadPoolExecutor(2) as pool:
+        worker = Worker([Stage.of(hr.stage(out={"y": str}, batch=2)(Bound)())], thread=own)
+
+        def block(values):
+            both.wait(10)
+            return worker(pa.table({"x": values}))["y"].to_pylist()
+
+        one, other = pool.map(block, [["a"] * 20, ["b"] * 20])
+    assert (one, other) == (["cpu-a"] * 20, ["cpu-b"] * 20)
+    assert all(same for same, _ in seen)
+    assert [values for _, values in seen] in ([{"a"}] * 10 + [{"b"}] * 10, [{"b"}] * 10 + [{"a"}] * 10)  # a block at a time, too
 
 
 def test_a_failing_set_up_is_a_stage_error():
@@ -312,14 +344,14 @@ def test_rows_that_raise_are_isolated(bad, rule, overlap):
     """They get a fault that tells what the user needs, and no value; all other rows are as if they had not been there."""
     values = ["bad" if row in bad else "a" * row for row in range(10)]
     body, calls = picky()
-    data = Worker([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
+    data = worker_of([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
     found = faults_of(data)
     assert list(found) == bad
     assert data["y"].to_pylist() == [None if row in bad else "A" * row for row in range(10)]
     assert data.drop(["y", FAULT]) == traced(values).drop([FAULT])
     assert all((fault.stage, fault.error, fault.message) == ("probe", "ValueError", "cannot read bad") for fault in found.values())
     assert all(
-        "in body" in fault.frames and "ValueError: cannot read bad" in fault.frames and "headrace/worker.py" not in fault.frames for fault in found.values()
+        "in body" in fault.frames and "ValueError: cannot read bad" in fault.frames and "headrace/calls.py" not in fault.frames for fault in found.values()
     )
     assert sum(fault.attempts for fault in found.values()) == sum(call.count("bad") for call in calls)
 
@@ -328,7 +360,7 @@ def test_rows_that_raise_are_isolated(bad, rule, overlap):
 @BAD_ROWS
 def test_a_models_vectors_are_null_where_it_failed(bad, overlap):
     """Vectors of fixed size keep their type, also where no row is left."""
-    data = Worker([Stage.of(Picky())], overlap=overlap)(traced(["bad" if row in bad else "a" for row in range(10)]))
+    data = worker_of([Stage.of(Picky())], overlap=overlap)(traced(["bad" if row in bad else "a" for row in range(10)]))
     data.validate(full=True)
     assert data["y"].type == pa.list_(pa.float32(), 3)
     assert data["y"].to_pylist() == [None if row in bad else [1, 1, 1] for row in range(10)]
@@ -339,7 +371,7 @@ def test_a_models_vectors_are_null_where_it_failed(bad, overlap):
 def test_a_slice_that_fails_is_halved(overlap):
     """Only the halves with the bad row are called again; the row counts every call that it took part in."""
     body, calls = picky()
-    data = Worker([stage_of(body, batch=8)], overlap=overlap)(traced([*"abcd", "bad", *"fgh"]))
+    data = worker_of([stage_of(body, batch=8)], overlap=overlap)(traced([*"abcd", "bad", *"fgh"]))
     assert calls == [[*"abcd", "bad", *"fgh"], [*"abcd"], ["bad", *"fgh"], ["bad", "f"], ["g", "h"], ["bad"], ["f"]]
     assert faults_of(data)[4].attempts == 4
 
@@ -361,7 +393,7 @@ def test_rows_with_a_wrong_result_are_isolated(answer, message, overlap):
     """The fault goes to the row whose result is wrong, though it shows only while the next slice runs; and no good slice runs twice."""
     body, calls = picky(answer=answer)
     values = ["a", "b", "bad", "c", "d", "bad", "e", "f", "bad"]
-    data = Worker([stage_of(body, batch=2)], overlap=overlap)(traced(values))
+    data = worker_of([stage_of(body, batch=2)], overlap=overlap)(traced(values))
     found = faults_of(data)
     assert list(found) == [2, 5, 8]
     assert all(fault.error == "ContractError" and message in fault.message and not fault.frames for fault in found.values())
@@ -373,7 +405,7 @@ def test_rows_with_a_wrong_result_are_isolated(answer, message, overlap):
 def test_a_failure_that_no_row_has_alone_is_no_fault(overlap):
     """What fails only in company is done in parts."""
     body, calls = choking(ValueError("one at a time, please"), 1)
-    data = Worker([stage_of(body, batch=4)], overlap=overlap)(traced(list("abcdef")))
+    data = worker_of([stage_of(body, batch=4)], overlap=overlap)(traced(list("abcdef")))
     assert (data["y"].to_pylist(), faults_of(data)) == (list("abcdef"), {})
     assert sorted(calls) == [1] * 6 + [2] * 3 + [4]
 
@@ -391,7 +423,7 @@ def test_rows_at_fault_skip_the_further_stages(overlap):
     stages = [stage_of(first, batch=hr.tokens(2, of="x"), name="first"), Stage.of(hr.stage(out={"z": int}, batch=2)(second))]
     data = traced(["a", "bad", "failed earlier", "d", "e"], pa.array([None, None, earlier.to_json(), None, None], pa.string()))
     seen = []
-    data = Worker(stages, overlap=overlap, emit=seen.append)(data)
+    data = worker_of(stages, overlap=overlap, emit=seen.append)(data)
     found = faults_of(data)
     assert {row: (fault.stage, fault.error) for row, fault in found.items()} == {
         1: ("first", "ValueError"),
@@ -430,8 +462,8 @@ def test_without_a_fault_isolating_changes_nothing(rule, overlap):
     """The table is that of a run that does not isolate, and nothing of the block is copied."""
     stages = [stage_of(lambda x: {"y": [value * 2 for value in x]}, batch=rule)]
     data = traced([str(row) * row for row in range(8)])
-    plain = Worker(stages, overlap=overlap)(data.drop(list(HIDDEN)))
-    isolated = Worker(stages, overlap=overlap)(data)
+    plain = worker_of(stages, overlap=overlap)(data.drop(list(HIDDEN)))
+    isolated = worker_of(stages, overlap=overlap)(data)
     assert isolated.select(plain.column_names) == plain
     assert isolated.select(HIDDEN) == data.select(HIDDEN)
     for name in data.column_names:
@@ -503,7 +535,7 @@ def test_out_of_memory_still_halves_the_budget(rule, sizes, divisors, overlap):
     """It is no row's fault as long as there are rows to take away."""
     body, calls = choking(OutOfMemoryError(), 2)
     seen = []
-    data = Worker([stage_of(body, batch=rule)], overlap=overlap, emit=seen.append)(traced(list("abcdefgh")))
+    data = worker_of([stage_of(body, batch=rule)], overlap=overlap, emit=seen.append)(traced(list("abcdefgh")))
     assert (data["y"].to_pylist(), faults_of(data), calls) == (list("abcdefgh"), {}, sizes)
     assert [event.divisor for event in seen if isinstance(event, BudgetHalved)] == divisors
 
@@ -517,7 +549,7 @@ def test_a_row_too_large_alone_is_at_fault(overlap):
             raise OutOfMemoryError("9 GiB")
         return {"y": list(x)}
 
-    data = Worker([stage_of(body, batch=4)], overlap=overlap)(traced(["a", "b", "huge", "c", "d"]))
+    data = worker_of([stage_of(body, batch=4)], overlap=overlap)(traced(["a", "b", "huge", "c", "d"]))
     assert faults_of(data)[2] == Fault("probe", "OutOfMemoryError", "9 GiB", faults_of(data)[2].frames, attempts=3)
     assert data["y"].to_pylist() == ["a", "b", None, "c", "d"]
 
@@ -538,6 +570,6 @@ def test_out_of_memory_while_bisecting(rule, most, overlap):
         return {"y": list(x)}
 
     values = ["a", "b", "bad", "d", "a very bad one", *"efghijklmnop", "bad", "r"]
-    data = Worker([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
+    data = worker_of([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
     assert list(faults_of(data)) == [2, 4, 17]
     assert data["y"].to_pylist() == [None if "bad" in value else value for value in values]

@@ -70,7 +70,15 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
         return dataset.map_batches(Functions(group, log), batch_size=size, batch_format="pyarrow", **options)
     least, most = group.replicas
     useful = most if count is None else min(most, max(1, math.ceil(count / rows)))
-    pool = compat.ActorPoolStrategy(min_size=min(least, useful), max_size=most, initial_size=useful, max_tasks_in_flight_per_actor=2)
+    at_once = 2 if hardware.gpus else 1  # see Replica
+    pool = compat.ActorPoolStrategy(
+        min_size=min(least, useful),
+        max_size=most,
+        initial_size=useful,
+        max_tasks_in_flight_per_actor=at_once + 1,
+        max_concurrent_calls_per_actor=at_once,
+        enable_true_multi_threading=at_once > 1,
+    )
     return dataset.map_batches(Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=size, batch_format="pyarrow", **options)
 
 

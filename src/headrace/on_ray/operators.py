@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -156,7 +157,11 @@ class Replica:
         limit_threads(max(1, int(hardware.cpus)))
         note = ""
         try:
-            self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log))
+            thread = None
+            if hardware.gpus:  # which must not wait while the next block is made ready; a CPU has its hands full in any case
+                thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-device")
+                sys.setswitchinterval(0.0005)  # s, instead of 0.005, for which other threads may keep it from the interpreter
+            self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log), thread=thread)
             note = self.worker.note
         except StageError as error:
             # Raised at the first call instead: Ray turns an error of an actor's constructor into text, and starts it again.
