@@ -104,7 +104,9 @@ def ray_data(job: str, source: str, output: str) -> None:
     elif job == "class":
         rows = rows.map_batches(PlainScore, compute=ray.data.ActorPoolStrategy(size=2), batch_size=256)
     else:
-        rows = rows.map_batches(PlainEmbed, compute=ray.data.ActorPoolStrategy(size=os.cpu_count()), num_cpus=1)
+        rows = rows.map_batches(
+            PlainEmbed, compute=ray.data.ActorPoolStrategy(size=max(1, (os.cpu_count() or 2) - 1))
+        )  # a pool that takes all CPUs never gets to write
     rows.write_parquet(output)
 
 
