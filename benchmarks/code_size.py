@@ -130,7 +130,10 @@ def main() -> None:
         result = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()},
-            "versions": {name: version(name) for name in ("ray", "pyarrow", "torch", "sentence-transformers")} | {"kfp": "2.17.0, beside sentence-transformers 5.6.0"},
+            "versions": {
+                **{name: version(name) for name in ("ray", "pyarrow", "torch", "sentence-transformers")},
+                "kfp": "2.17.0, beside sentence-transformers 5.6.0",
+            },
             "lines": sizes,
             "fewer": fewer,
             "ran": ran,
