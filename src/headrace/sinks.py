@@ -84,11 +84,30 @@ def write(sink: Sink, run: str, data: pa.Table, *, kind: str = "part") -> DataFi
 def merge(sink: Sink, run: str, files: Sequence[DataFile]) -> DataFile:
     """One new file with the rows of several that are still staged."""
     contents = [sink.store.read(ledger.staged(file.name)) for file in files]
-    if sink.format == "jsonl":
-        name = ledger.new_name(run, "part", OUTPUT_ENDINGS[sink.format])
-        sink.store.put(ledger.staged(name), b"".join(contents))
-        return DataFile(name, sum(file.rows for file in files), sum(map(len, contents)), time.time())
-    return write(sink, run, joined(pq.read_table(io.BytesIO(content)) for content in contents))
+    content = b"".join(contents) if sink.format == "jsonl" else _merged(contents)
+    name = ledger.new_name(run, "part", OUTPUT_ENDINGS[sink.format])
+    sink.store.put(ledger.staged(name), content)
+    return DataFile(name, sum(file.rows for file in files), len(content), time.time())
+
+
+def _merged(contents: Sequence[bytes]) -> pa.Buffer:
+    """Parquet files as one. Decoded a row group at a time: what is small in a file can be very large in memory."""
+    schema = pa.unify_schemas([pq.read_schema(io.BytesIO(content)) for content in contents], promote_options="permissive")
+    stream = pa.BufferOutputStream()
+    with pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=_texts(schema) or False) as writer:
+        held: list[pa.Table] = [schema.empty_table()]
+        for content in contents:
+            held.append(pq.read_table(io.BytesIO(content)))
+            if sum(table.nbytes for table in held) >= _ROW_GROUP_BYTES:
+                _write_group(writer, joined(held))
+                del held[1:]
+        _write_group(writer, joined(held))
+    return stream.getvalue()
+
+
+def _write_group(writer: pq.ParquetWriter, data: pa.Table) -> None:
+    if data.num_rows:
+        writer.write_table(data, row_group_size=_group_rows(data))
 
 
 def joined(tables: Iterable[pa.Table]) -> pa.Table:
@@ -98,12 +117,19 @@ def joined(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _parquet(data: pa.Table) -> pa.Buffer:
     """The table as a Parquet file in memory. Built whole, because closing a half-written stream to an object store publishes it."""
-    texts = [field.name for field in data.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    group = max(1024, int(_ROW_GROUP_BYTES / max(1, data.nbytes) * data.num_rows)) if data.num_rows else None
     stream = pa.BufferOutputStream()
-    # Dictionaries pay for texts, which repeat. Of numbers they make larger files, in six times the time.
-    pq.write_table(data, stream, compression="zstd", use_dictionary=texts or False, row_group_size=group)
+    group = _group_rows(data) if data.num_rows else None
+    pq.write_table(data, stream, compression="zstd", use_dictionary=_texts(data.schema) or False, row_group_size=group)
     return stream.getvalue()
+
+
+def _texts(schema: pa.Schema) -> list[str]:
+    """The columns of text. Dictionaries pay for them, which repeat. Of numbers they make larger files, in six times the time."""
+    return [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+
+
+def _group_rows(data: pa.Table) -> int:
+    return max(1024, int(_ROW_GROUP_BYTES / max(1, data.nbytes) * data.num_rows))
 
 
 def _json_lines(data: pa.Table) -> bytes:

@@ -98,6 +98,21 @@ def test_small_files_become_one(tmp_path: Path, format: str) -> None:
     assert rows == [{"a": 1, "b": None}, {"a": 2, "b": None}, {"a": 3, "b": "x"}]
 
 
+def test_a_merge_holds_little_in_memory(tmp_path: Path) -> None:
+    """Files that are small because they compress well are not decoded all at once."""
+    sink, values = sink_at(tmp_path), pa.array(np.zeros(4 << 20))
+    files = [write(sink, RUN, pa.table({"a": values})) for _ in range(6)]
+    assert sum(file.bytes for file in files) < 1 << 20 < values.nbytes
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(measured := pa.proxy_memory_pool(pool))
+    try:
+        one = sinks.merge(sink, RUN, files)
+    finally:
+        pa.set_memory_pool(pool)
+    assert one.rows == 6 * len(values) and measured.max_memory() < 3 * values.nbytes
+    assert pq.ParquetFile(tmp_path / staged(one.name)).metadata.num_row_groups > 6
+
+
 def test_json_lines(tmp_path: Path) -> None:
     """JSON has no NaN, bytes or instants: null, base64 and ISO text stand for them, in nested values as well."""
     instant = dt.datetime(2020, 1, 2, 3, 4, 5, 600, tzinfo=dt.UTC)
