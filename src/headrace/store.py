@@ -8,6 +8,8 @@ Storage, Azure and HDFS keep that. No conditional put, no lock and no clock is n
 from __future__ import annotations
 
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,8 @@ from pyarrow import fs
 from headrace.errors import StorageError
 from headrace.filesystems import Place
 
-_DELETES = 10  # attempts
+_ATTEMPTS = 10  # to make or delete a folder that others delete or write into
+_PAUSE_S = 0.001  # before the second of them, and as much more before each after that
 
 _WHOLE = ("s3", "gcs", "abfs", "py::fsspec+('s3', 's3a')", "py::fsspec+memory")
 """File systems on which a file appears when it is complete: there is nothing to rename, and renaming would be a copy."""
@@ -86,7 +89,7 @@ class Folder:
         """See `Store`."""
         with self._named("move", name):
             if self.place.is_local:
-                os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
+                _make(os.path.dirname(self._path(to)))
                 os.replace(self._path(name), self._path(to))
             else:
                 self.place.filesystem.move(self._path(name), self._path(to))
@@ -94,7 +97,10 @@ class Folder:
     def delete(self, name: str) -> None:
         """See `Store`."""
         with self._named("delete", name):
-            for left in reversed(range(_DELETES)):
+            if self.place.is_local:
+                _delete_local(self._path(name))
+                return
+            for left in reversed(range(_ATTEMPTS)):
                 info = self.place.filesystem.get_file_info(self._path(name))
                 try:
                     if info.type == fs.FileType.Directory:
@@ -102,11 +108,10 @@ class Folder:
                     elif info.type != fs.FileType.NotFound:
                         self.place.filesystem.delete_file(info.path)
                     return
-                except FileNotFoundError:
-                    continue  # somebody else deletes it as well, and may be half-way
-                except OSError:
-                    if not left:  # a worker that does not know yet that its run is over may write into it
+                except OSError:  # somebody else deletes it as well, and may be half-way, or writes into it
+                    if not left:
                         raise
+                    time.sleep(_PAUSE_S * (_ATTEMPTS - left))
 
     def _path(self, name: str) -> str:
         return self.place.child(name).path if name else self.place.path
@@ -123,10 +128,44 @@ class Folder:
             raise StorageError(f"cannot {what} {name or 'the folder'!r} in {self.place.uri!r}: {error}") from error
 
 
+def _make(folder: str) -> None:
+    """The folder, if it is not there. Python finds it in the way, and then finds it gone, when somebody deletes it at that moment."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            return
+        except FileExistsError:
+            if not left or (os.path.lexists(folder) and not os.path.isdir(folder)):
+                raise
+
+
+def _delete_local(path: str) -> None:
+    """A file or a folder with all that is in it. Others may delete it at the same time, or write into it: then once more."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, onerror=_unless_gone)
+            else:
+                os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:  # a worker that does not know yet that its run is over may write into it
+            if not left:
+                raise
+            time.sleep(_PAUSE_S * (_ATTEMPTS - left))
+
+
+def _unless_gone(_function: object, _path: str, error: tuple[object, BaseException, object]) -> None:
+    """Go on where somebody else was faster."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
 def _put_local(path: str, content: bytes | pa.Buffer) -> None:
     """Write beside the target, flush, and rename: other processes see the old file or the new one, whole."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    _make(folder)
     partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(partial, "xb") as file:
