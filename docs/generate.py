@@ -50,11 +50,19 @@ def commands() -> Iterator[str]:
     group: Any = typer.main.get_command(app)
     outer = group.make_context("headrace", [], resilient_parsing=True)
     yield from ["# Command line", "", inspect.cleandoc(group.help), ""]
+    yield from sections(group, outer)
+
+
+def sections(group: Any, outer: Any) -> Iterator[str]:
+    """A section for each command of a group."""
     for name in group.list_commands(outer):
         command = group.get_command(outer, name)
         context = command.make_context(name, [], parent=outer, resilient_parsing=True)
-        yield from [f"## headrace {name}", "", inspect.cleandoc(command.help), ""]
-        yield from fence("console", ["$ " + " ".join(["headrace", name, *command.collect_usage_pieces(context)])])
+        if hasattr(command, "list_commands"):
+            yield from sections(command, context)
+            continue
+        yield from [f"## {context.command_path}", "", inspect.cleandoc(command.help), ""]
+        yield from fence("console", ["$ " + " ".join([context.command_path, *command.collect_usage_pieces(context)])])
         yield from ["| Argument or option | Meaning |", "|---|---|"]
         for parameter in command.get_params(context):
             shown, meaning = parameter.get_help_record(context)

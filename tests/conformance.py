@@ -23,6 +23,12 @@ class Case:
     keep: tuple[str, ...] = ()
 
 
+CANNOT: Mapping[str, Mapping[str, str]] = {
+    "batch": {},
+    "serve": {"keep": "whoever asks has the columns that it sent, and the answer's rows are in their order"},
+}
+"""What a target does not do, and why."""
+
 NOON = dt.datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=dt.UTC)
 TEXTS = ["", "a", "two words", "ümläut €", "😀 emoji", "line\nbreak", 'tab\tand \\ and "quote"', "x" * 20_000, "NULL", "007"]
 

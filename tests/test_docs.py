@@ -2,19 +2,23 @@
 
 A page is played in a process and a folder of its own, from top to bottom: `python` blocks share a namespace, and one whose
 first line is a comment such as `# tidy.py` is saved under that name as well; in `console` blocks every line after `$` is
-run, and what the page shows below it must be printed, numbers aside (`...` stands for anything). A command that fails is
-followed by `$ echo $?` on the page. `make` is only looked up in the Makefile. A block below `<!-- not run: reason -->` is left out.
+run, and what the page shows below it must be printed, numbers aside (`...` stands for anything). A command that ends in `&` is
+a service, which listens on a free port until the page has been played. A command that fails is followed by `$ echo $?` on the
+page. `make` is only looked up in the Makefile. A block below `<!-- not run: reason -->` is left out.
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime as dt
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "reference" not in path.parts)]
+SERVICE = "http://127.0.0.1:8000"  # what pages say of a service that they start
 ENDPOINT = "http://127.0.0.1:9000"  # what docs/how-to/s3.md says; a server of the test's own stands in for it
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\n+ *$")
@@ -118,7 +123,13 @@ def environment(folder: Path) -> dict[str, str]:
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
         (programs / name).chmod(0o755)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
-    return plain | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT / 'src'}", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+    return plain | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'src'}",
+        "COLUMNS": "160",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_RUNTIME_DIR": str(folder),
+    }
 
 
 def play(page: Path, endpoint: str = ENDPOINT) -> None:
@@ -126,8 +137,9 @@ def play(page: Path, endpoint: str = ENDPOINT) -> None:
     namespace = {"__name__": "__main__"}
     sys.path.insert(0, "")
     code = 0
+    service = SERVICE
     for block in blocks(page):
-        block.code = block.code.replace(ENDPOINT, endpoint)
+        block.code = block.code.replace(ENDPOINT, endpoint).replace(SERVICE, service)
         where = f"{page.name}, line {block.line}"
         if block.runs and block.language == "python":
             if named := re.match(r"# (\w+\.py)\n", block.code):
@@ -142,11 +154,32 @@ def play(page: Path, endpoint: str = ENDPOINT) -> None:
                     code = 0
                     continue
                 assert code == 0, f"the command before exited with {code}"
-                if variable := re.fullmatch(r"export (\w+)=(\S+)", command):
+                if command.endswith("&"):
+                    service = serve(command, shown)
+                elif variable := re.fullmatch(r"export (\w+)=(\S+)", command):
                     os.environ[variable[1]] = variable[2]
                 elif not command.startswith("make "):
                     code = check(command, shown)
             assert code == 0, f"the last command of the block exited with {code}"
+
+
+def serve(command: str, shown: list[str]) -> str:
+    """Start a service, and have it ended with this process; where it answers. What the page shows must be said until then."""
+    process = subprocess.Popen(
+        [*shlex.split(command.removesuffix("&")), "--port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    atexit.register(lambda: (process.terminate(), process.wait(60)))
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(alike(line))
+        print(line, end="", flush=True)
+        if found := re.search(r"answers at (http://[^/\s]+)", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            for one in shown:
+                assert one.strip() == "..." or any(alike(one) in line for line in said), f"not said: {one}"
+            return found[1]
+    raise AssertionError(f"the service ended with {process.wait()}")
 
 
 def check(command: str, shown: list[str]) -> int:

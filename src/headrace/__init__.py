@@ -1,4 +1,4 @@
-"""One pipeline, every shape of work: stages written once, run as a streaming batch job on Ray.
+"""One pipeline, every shape of work: stages written once, run as a streaming batch job or served online, on Ray.
 
 import headrace as hr
 
@@ -9,6 +9,7 @@ def clean(text: hr.Column[str]):
 tidy = hr.Pipeline("tidy", clean)
 tidy.local([{"text": "  A   quiet room "}])                        # here, in this process
 hr.run(tidy, input="reviews/*.parquet", output="out")              # on Ray
+ray.serve.run(hr.serve(tidy))                                      # online
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from headrace.stage import Stage, stage
 
 if TYPE_CHECKING:
     from headrace import models
+    from headrace.client import Client
     from headrace.on_ray.job import run
+    from headrace.on_ray.serve import serve
 
 __version__ = "0.1.0"
 __all__ = [
+    "Client",
     "Column",
     "HeadraceError",
     "Image",
@@ -47,6 +51,7 @@ __all__ = [
     "resolve",
     "rows",
     "run",
+    "serve",
     "stage",
     "tokens",
 ]
@@ -57,6 +62,12 @@ def __getattr__(name: str) -> Any:
         from headrace.on_ray.job import run
 
         return run
+    if name == "serve":
+        from headrace.on_ray.serve import serve
+
+        return serve
+    if name == "Client":
+        return importlib.import_module("headrace.client").Client
     if name == "models":
         return importlib.import_module("headrace.models")
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -66,13 +66,23 @@ class Vector:
 
 _VECTOR_DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
 
+
+def _number_schema(dtype: str) -> dict[str, Any]:
+    """The JSON schema of a number of a numpy dtype; those that are not finite are text, since JSON has no number for them."""
+    if dtype.startswith("float"):
+        most = float(np.finfo(dtype).max)
+        return {"anyOf": [{"type": "number", "minimum": -most, "maximum": most}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
+    return {"type": "integer", "minimum": int(np.iinfo(dtype).min), "maximum": int(np.iinfo(dtype).max)}
+
+
+_BASE64 = {"type": "string", "contentEncoding": "base64", "pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"}
 _SCALARS: dict[Any, tuple[str, pa.DataType, dict[str, Any]]] = {
     str: ("str", pa.string(), {"type": "string"}),
     bool: ("bool", pa.bool_(), {"type": "boolean"}),
-    int: ("int", pa.int64(), {"type": "integer"}),
-    float: ("float", pa.float64(), {"type": "number"}),
-    bytes: ("bytes", pa.binary(), {"type": "string", "contentEncoding": "base64"}),
-    Image: ("image", pa.binary(), {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"}),
+    int: ("int", pa.int64(), _number_schema("int64")),
+    float: ("float", pa.float64(), _number_schema("float64")),
+    bytes: ("bytes", pa.binary(), _BASE64),
+    Image: ("image", pa.binary(), _BASE64 | {"contentMediaType": "image/*"}),
     dt.datetime: ("datetime", pa.timestamp("us", tz="UTC"), {"type": "string", "format": "date-time"}),
     dt.date: ("date", pa.date32(), {"type": "string", "format": "date"}),
 }
@@ -96,11 +106,10 @@ class ColumnType:
         return pa.list_(self.item.arrow) if self.item else _BY_KIND[self.kind][0]
 
     def json_schema(self) -> dict[str, Any]:
-        """The JSON schema of one value; bytes and images travel as base64 text."""
+        """The JSON schema of one value, as bodies of requests carry it: all that is valid is accepted, but for some values of type `any`."""
         schema: dict[str, Any]
         if self.vector:
-            number = "number" if self.vector.dtype.startswith("float") else "integer"
-            schema = {"type": "array", "items": {"type": number}}
+            schema = {"type": "array", "items": _number_schema(self.vector.dtype)}
             if self.vector.size:
                 schema |= {"minItems": self.vector.size, "maxItems": self.vector.size}
         elif self.item:

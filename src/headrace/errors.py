@@ -6,6 +6,8 @@
     │   ├── SettingError       a setting does not exist, or has a value that its annotation forbids
     │   └── PipelineFileError  the pipeline file cannot be loaded, or names no pipeline
     ├── HardwareError          no node has what a stage asks for
+    ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
+    ├── ServingError           no service of that name runs, or none can be started so
     ├── SourceError            the input cannot be found, read, or used by this pipeline
     ├── OutputError            the output cannot take this run, or belongs to something else
     │   ├── ChangedError       input, code or settings are not those that the output was begun with
@@ -14,9 +16,18 @@
     │   └── LedgerError        the ledger of the output is damaged
     ├── StageError             a stage raised; carries the user's own frames
     │   └── ContractError      a stage returned something other than it declared
-    └── RunError               the engine failed, or rows are missing at the end
-        ├── DeadLetterError    more rows failed than --max-dead-letters allows
-        └── StoppedError       the run was told to stop, and can be resumed
+    ├── RunError               the engine failed, or rows are missing at the end
+    │   ├── DeadLetterError    more rows failed than --max-dead-letters allows
+    │   ├── DeployError        a version of a service did not take over
+    │   ├── ParityError        two ways of running a pipeline give different values for the same rows
+    │   └── StoppedError       the run was told to stop, and can be resumed
+    └── ServiceError           a service gave no answer; carries status, code, request id and details
+        ├── RowError           a row is not what the pipeline reads (also what `local` raises for it: wiring)
+        ├── FailedError        a stage raised on a row there (also what `local` raises for it: a stage's error)
+        ├── UnauthorizedError  the key is missing, unknown or revoked
+        ├── OverloadedError    the service has more work than it can do in time
+        ├── DeadlineError      there was no answer within the time allowed
+        └── UnavailableError   nobody answers there, or no replica is ready
 
 A message says what is wrong, the value, what is allowed and the nearest fix. `exit_code` is what the command ends with.
 """
@@ -25,7 +36,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -54,6 +66,14 @@ class PipelineFileError(DefinitionError):
 
 class HardwareError(HeadraceError):
     """No node of the cluster has what a stage asks for."""
+
+
+class ServingError(HeadraceError):
+    """No service of that name runs, or none can be started in the way asked for."""
+
+
+class KeyFileError(HeadraceError):
+    """A file of API keys is missing or damaged, or cannot take the change asked for."""
 
 
 class SourceError(HeadraceError):
@@ -119,10 +139,76 @@ class DeadLetterError(RunError):
     exit_code = 3
 
 
+class DeployError(RunError):
+    """A version of a service did not take over; the one before it answers as it did."""
+
+
 class StoppedError(RunError):
     """The run was told to stop, and can be resumed."""
 
     exit_code = 130  # as shells have it for Ctrl-C
+
+
+class ParityError(RunError):
+    """Two ways of running a pipeline give different values for the same rows."""
+
+
+class ServiceError(HeadraceError):
+    """A service gave no answer.
+
+    Attributes:
+        status: the HTTP status, or 0 where there was no answer at all.
+        code: the service's word for it, such as `overloaded`.
+        request_id: what the request is called in the service's logs.
+        details: what is wrong with each field, as the service lists it: maps with `loc` and `message`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, status: int = 0, code: str = "", request_id: str = "", details: Sequence[Mapping[str, Any]] = ()) -> None:
+        Exception.__init__(self, message, status, code, request_id, details)  # all in args, so that it survives pickling
+        self.message = message
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RowError(ServiceError, WiringError):
+    """A row lacks a column, has one too many, or holds a value that its type forbids."""
+
+    exit_code = 2
+
+
+class FailedError(ServiceError, StageError):
+    """A stage of the service raised on a row; `stage` says which."""
+
+    frames = ""  # a service never tells them
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        """The stage that raised, as far as the service says which."""
+        named = re.search(r"stage '([^']+)'", self.message)
+        return named[1] if named else ""
+
+
+class UnauthorizedError(ServiceError):
+    """The key is missing, unknown or revoked."""
+
+
+class OverloadedError(ServiceError):
+    """The service has more work than it can do in time."""
+
+
+class DeadlineError(ServiceError):
+    """There was no answer within the time allowed."""
+
+
+class UnavailableError(ServiceError):
+    """Nobody answers there, or no replica is ready."""
 
 
 def check_number(value: Any, what: str, *, whole: bool = False, zero: bool = False) -> None:

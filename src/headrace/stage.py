@@ -27,7 +27,8 @@ class Stage:
     """The frozen spec of one step. `@stage` makes it; `Stage.of` finds it on a decorated function or instance.
 
     `call` is the function itself, or the instance whose fields are the settings. `replicas` is (least, most); a most of
-    None means as many as the cluster holds. `ray` goes to Ray's remote arguments as it stands.
+    None means as many as the cluster holds. `ray` goes to Ray's remote arguments as it stands. `apart` keeps it from sharing
+    a replica with its neighbours online.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     batch: BatchRule
     replicas: tuple[int, int | None]
     ray: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
 
     @property
     def is_model(self) -> bool:
@@ -84,6 +86,7 @@ def stage(
     replicas: int | tuple[int, int | None] | None = None,
     name: str | None = None,
     ray: Mapping[str, Any] | None = None,
+    apart: bool = False,
 ) -> Callable[[T], T]:
     """Make a stage of a function, or of a class with `setup(self, device)` and `__call__`.
 
@@ -94,9 +97,10 @@ def stage(
         out: the columns returned and their types; a name that is also read is replaced.
         on: acceptable hardware, best first; one CPU core when left out.
         batch: rows per call, `hr.rows(n)` or `hr.tokens(budget, of=...)`; 1,024 rows for a function, 32 for a class.
-        replicas: (least, most) replicas of a class in a batch job; a single number fixes it; as many as fit when left out.
+        replicas: (least, most) replicas of a class; a single number fixes it; as many as fit when left out.
         name: the function's name, or the class's in snake case, when left out.
         ray: passed through to Ray's remote arguments.
+        apart: online, give the stage replicas of its own, which it shares with no neighbour.
 
     Raises:
         DefinitionError: the stage is written wrongly; says where.
@@ -112,6 +116,8 @@ def stage(
         if replicas is not None and is_function:
             raise DefinitionError(f"stage {label!r}: replicas={replicas!r} is for classes; a function runs as tasks, as many as there is room for")
         call: Any = _as_settings(target, label) if is_class else target
+        if not isinstance(apart, bool):
+            raise DefinitionError(f"stage {label!r}: apart must be True or False, got {apart!r}")
         spec = Stage(
             name=label,
             call=call,
@@ -121,6 +127,7 @@ def stage(
             batch=_rule(batch, 32 if is_class else 1024, label),
             replicas=_range(replicas, label),
             ray=_arguments(ray, label),
+            apart=apart,
         )
         if isinstance(spec.batch, Tokens):
             _check_measured(spec)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conformance import CASES, Case
+from conformance import CANNOT, CASES, Case
 
 import headrace as hr
 from headrace.arrays import table, to_rows
@@ -36,10 +36,49 @@ def batch(folder: Path) -> Target:
     return run
 
 
-@pytest.fixture(params=["batch"])
+def serve(folder: Path) -> Target:
+    """A native application of Ray Serve, asked by handle: all rows at once, then one by one and at the same time."""
+
+    def run(pipeline: hr.Pipeline, rows: Rows, keep: Sequence[str]) -> list[dict[str, Any]]:
+        from ray import serve as ray_serve
+
+        assert not keep
+        handle = ray_serve.run(hr.serve(pipeline), name="conformance", route_prefix=None)
+        try:
+            together = handle.remote(rows).result()
+            for one, other in zip(together, [answer.result() for answer in [handle.remote(row) for row in rows[:20]]], strict=False):
+                assert all(same(one[name], other[name], tolerance=1e-6) for name in pipeline.outputs), f"{one} by itself is {other}"
+            return list(together)
+        finally:
+            ray_serve.delete("conformance")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared_serve(shared_ray: None) -> Iterator[None]:
+    """Ray Serve without a proxy."""
+    from headrace.on_ray import deployments
+
+    deployments.start_serve()
+    yield
+    deployments.end_serve()
+
+
+@pytest.fixture(params=["batch", "serve"])
 def target(request: pytest.FixtureRequest, tmp_path: Path, shared_ray: None) -> Target:
-    """A way to run a pipeline other than `local`."""
-    return {"batch": batch}[request.param](tmp_path)
+    """A way to run a pipeline other than `local`. Columns that it cannot keep are joined from the rows."""
+    if request.param == "batch":
+        return batch(tmp_path)
+    request.getfixturevalue("shared_serve")
+    run, cannot = serve(tmp_path), CANNOT[request.param]
+
+    def joined(pipeline: hr.Pipeline, rows: Rows, keep: Sequence[str]) -> list[dict[str, Any]]:
+        kept = list(pipeline.kept(keep)) if "keep" in cannot else []
+        answers = run(pipeline, rows, () if kept else keep)
+        return [{**{name: row.get(name) for name in kept}, **answer} for row, answer in zip(rows, answers, strict=True)]
+
+    return joined
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))

@@ -15,19 +15,25 @@ from headrace.errors import DefinitionError
 
 UTC_US = pa.timestamp("us", tz="UTC")
 NOON = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
-BASE64 = {"type": "string", "contentEncoding": "base64"}
+BASE64 = {"type": "string", "contentEncoding": "base64", "pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"}
+LARGEST = {16: 65504.0, 32: 3.4028234663852886e38, 64: 1.7976931348623157e308}
+FLOATS = {
+    bits: {"anyOf": [{"type": "number", "minimum": -most, "maximum": most}, {"enum": ["NaN", "Infinity", "-Infinity"]}]} for bits, most in LARGEST.items()
+}
+INTS = {bits: {"type": "integer", "minimum": -(2 ** (bits - 1)), "maximum": 2 ** (bits - 1) - 1} for bits in (8, 64)}
 
 SPELLINGS = [
     (str, "str", pa.string(), {"type": "string"}),
     (bool, "bool", pa.bool_(), {"type": "boolean"}),
-    (int, "int", pa.int64(), {"type": "integer"}),
-    (float, "float", pa.float64(), {"type": "number"}),
+    (int, "int", pa.int64(), INTS[64]),
+    (float, "float", pa.float64(), FLOATS[64]),
     (bytes, "bytes", pa.binary(), BASE64),
     (hr.Image, "image", pa.binary(), BASE64 | {"contentMediaType": "image/*"}),
     (dt.datetime, "datetime", UTC_US, {"type": "string", "format": "date-time"}),
     (dt.date, "date", pa.date32(), {"type": "string", "format": "date"}),
-    (hr.Vector(), "Vector(ragged)", pa.list_(pa.float32()), {"type": "array", "items": {"type": "number"}}),
-    (hr.Vector(2, "int8"), "Vector(2, int8)", pa.list_(pa.int8(), 2), {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}),
+    (hr.Vector(), "Vector(ragged)", pa.list_(pa.float32()), {"type": "array", "items": FLOATS[32]}),
+    (hr.Vector(2, "int8"), "Vector(2, int8)", pa.list_(pa.int8(), 2), {"type": "array", "items": INTS[8], "minItems": 2, "maxItems": 2}),
+    (hr.Vector(1, "float16"), "Vector(1, float16)", pa.list_(pa.float16(), 1), {"type": "array", "items": FLOATS[16], "minItems": 1, "maxItems": 1}),
     (hr.Vector(2) | None, "Vector(2) | None", pa.list_(pa.float32(), 2), None),
     (None | hr.Vector(), "Vector(ragged) | None", pa.list_(pa.float32()), None),
     (list[str], "list[str]", pa.list_(pa.string()), {"type": "array", "items": {"type": "string"}}),

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from headrace import cli, errors
-from headrace.errors import ContractError, DefinitionError, HeadraceError, StageError, check_number, listing, nearest
+from headrace.errors import ContractError, DefinitionError, HeadraceError, ServiceError, StageError, check_number, listing, nearest
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HeadraceError)]
 
@@ -20,7 +20,9 @@ def test_every_error_is_drawn_in_the_tree(kind):
 def test_exit_codes():
     """What a shell script can tell apart; the command's own docstring lists the same numbers."""
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
-    failed = {"StageError": 1, "ContractError": 1, "RunError": 1, "DeadLetterError": 3, "ChangedError": 4, "TakenOverError": 5}
+    failed = {"StageError": 1, "ContractError": 1, "RunError": 1, "DeployError": 1, "DeadLetterError": 3, "ChangedError": 4, "TakenOverError": 5}
+    unserved = ["ServiceError", "FailedError", "UnauthorizedError", "OverloadedError", "DeadlineError", "UnavailableError", "ParityError", "DeployError"]
+    failed |= dict.fromkeys(unserved, 1)
     assert codes == dict.fromkeys(codes, 2) | failed | {"StorageError": 6, "LedgerError": 6, "StoppedError": 130}
     told = {int(line.split()[0]) for line in cli.__doc__.splitlines() if line[:4].isspace() and line.strip()[:1].isdigit()}
     assert told == {0, *codes.values()}
@@ -31,6 +33,15 @@ def test_a_stage_error_survives_pickling(kind):
     """Message, stage and the user's frames come through a pickle, and the text is the message alone."""
     copy = pickle.loads(pickle.dumps(kind("it broke", "embed", "line 3")))
     assert (type(copy), str(copy), copy.message, copy.stage, copy.frames) == (kind, "it broke", "it broke", "embed", "line 3")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if issubclass(kind, ServiceError)])
+def test_a_service_error_survives_pickling(kind):
+    """What the service said comes through a pickle, and the text is the message alone."""
+    given = ("stage 'embed' raised", 500, "stage_failed", "id", ({"loc": []},))
+    copy = pickle.loads(pickle.dumps(kind(*given)))
+    assert (type(copy), str(copy), copy.status, copy.code, copy.request_id, copy.details) == (kind, *given)
+    assert not isinstance(copy, StageError) or (copy.stage, copy.frames) == ("embed", "")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,102 @@ def test_a_plan_that_cannot_be_is_refused(steps, keep, error, parts):
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+TWO_CPUS = hr.cpu(2)
+M, N = model("m", "u", "v"), model("n", "v", "w")
+
+
+@pytest.mark.parametrize(
+    ("steps", "groups", "whys"),
+    [
+        ([A, B, C], ["a+b+c"], [""]),
+        ([A, GPU, C], ["a+m+c"], [""]),
+        ([A, M, N], ["a+m+n"], [""]),
+        ([A, M, model("n", "v", "w", on=TWO_CPUS)], ["a+m+n"], [""]),
+        ([A, GPU, N], ["a+m", "n"], ["", "cpu(1) after gpu(1, L4)"]),
+        ([A, M, model("n", "v", "w", on=hr.gpu(1))], ["a+m", "n"], ["", "gpu(1) after cpu(1)"]),
+        ([A, GPU, model("n", "v", "w", on=hr.gpu(1))], ["a+m", "n"], ["", "gpu(1) after gpu(1, L4)"]),
+        ([A, M, model("n", "v", "w", replicas=(1, 8))], ["a+m", "n"], ["", "replicas 1..8 after 1.."]),
+        ([A, M, model("n", "v", "w", replicas=2)], ["a+m", "n"], ["", "replicas 2..2 after 1.."]),
+        ([A, M, model("n", "v", "w", ray={"resources": {"x": 1}})], ["a+m", "n"], ["", "ray={'resources': {'x': 1}} after {}"]),
+        ([A, model("m", "u", "v", on=hr.cpu(6)), model("n", "v", "w", on=hr.cpu(6))], ["a+m", "n"], ["", "no room for cpu(12) in one replica"]),
+        ([A, M, function("c", "v", "w", apart=True)], ["a+m", "c"], ["", "apart=True"]),
+        ([A, model("m", "u", "v", apart=True), C], ["a", "m", "c"], ["", "apart=True", "m is apart"]),
+        ([function("a", "t", "u", apart=True), B, C], ["a", "b+c"], ["", "a is apart"]),
+        ([A, function("b", "u", "v", on=TWO_CPUS), C], ["a+b+c"], [""]),
+        ([A, M, function("c", "v", "w", ray={"resources": {"x": 1}})], ["a+m", "c"], ["", "ray={'resources': {'x': 1}} after {}"]),
+    ],
+)
+def test_neighbours_share_a_replica_online(steps, groups, whys):
+    """Functions join whatever they stand beside, models on CPUs that scale alike add up; the rest begins a group and says why."""
+    plan = resolve(hr.Pipeline("p", *steps), BOTH, online=True)
+    assert [group.name for group in plan.groups] == groups
+    assert [group.why for group in plan.groups] == whys
+
+
+@pytest.mark.parametrize(
+    ("steps", "hardware", "replicas"),
+    [
+        ([A, B], ["cpu(1)"], [(1, 16)]),
+        ([A, M], ["cpu(1)"], [(1, 16)]),
+        ([M, model("n", "v", "w", on=hr.cpu(2, memory_gb=3))], ["cpu(3) with 3 GB"], [(1, 4)]),
+        ([A, GPU, C], ["gpu(1, L4)"], [(1, 4)]),
+        ([A, GPU, N], ["gpu(1, L4)", "cpu(1)"], [(1, 4), (1, 12)]),
+        ([A, model("m", "u", "v", replicas=(2, 3), on=hr.cpu(0.5)), C], ["cpu(0.5)"], [(2, 3)]),
+    ],
+)
+def test_a_replica_has_what_its_heaviest_stages_ask_for(steps, hardware, replicas):
+    """Functions run in the threads that a model leaves idle; models on CPUs each get their own. Every group has bounds of replicas."""
+    plan = resolve(hr.Pipeline("p", *steps), BOTH, online=True)
+    assert [str(group.choice) for group in plan.groups] == hardware
+    assert [group.replicas for group in plan.groups] == replicas
+
+
+def test_models_that_fit_only_apart_stay_apart():
+    """As many replicas of both as are asked for at least must fit."""
+    steps = [model("m", "u", "v", on=hr.cpu(3), replicas=2), model("n", "v", "w", on=hr.cpu(2), replicas=2)]
+    nodes = (Node("one", cpus=6), Node("two", cpus=4))
+    assert [group.name for group in resolve(hr.Pipeline("p", *steps), Cluster(nodes), online=True).groups] == ["m", "n"]
+    assert [group.name for group in resolve(hr.Pipeline("p", *steps), BOTH, online=True).groups] == ["m+n"]
+
+
+def test_what_reaches_a_group_is_what_the_one_before_carries():
+    """Group by group, the first from the request; an input that a later group reads is carried to it."""
+    late = function("c", "t", "w", apart=True)
+    plan = resolve(hr.Pipeline("p", A, late, outputs=["w", "u"]), BOTH, online=True)
+    assert [list(columns) for columns in plan.arrivals] == [["t"], ["u", "t"]]
+    assert list(plan.groups[-1].carries) == ["w", "u"]
+
+
+def test_nothing_is_kept_online():
+    """A request's other columns are with whoever sent it."""
+    with pytest.raises(WiringError, match="keep=\\['id'\\] is for batch jobs"):
+        resolve(hr.Pipeline("p", A), BOTH, keep=["id"], online=True)
+
+
+def test_explain_online():
+    """The groups of a service, and why each begins where it does."""
+    text = explain(resolve(hr.Pipeline("p", A, GPU, C, model("n", "w", "x", batch=4)), BOTH, online=True))
+    assert text == (
+        "pipeline p\n"
+        "cluster  plain: 8 CPUs; fast: 8 CPUs, 4 x L4\n"
+        "\n"
+        "request\n"
+        "   │  t: str\n"
+        "   ▼\n"
+        "group 1: a+m+c    gpu(1, L4), 1 to 4 replicas kept in memory\n"
+        "   a(t: str) -> u: str    batch 1024 rows\n"
+        "   m(u: str) -> v: str    batch 32 rows\n"
+        "   c(v: str) -> w: str    batch 1024 rows\n"
+        "   │  u: str, v: str, w: str\n"
+        "   ▼\n"
+        "group 2: n    cpu(1), 1 to 12 replicas kept in memory    begins here: cpu(1) after gpu(1, L4)\n"
+        "   n(w: str) -> x: str    batch 4 rows\n"
+        "   │  u: str, v: str, w: str, x: str\n"
+        "   ▼\n"
+        "answer"
+    )
+
+
 def test_explain():
     """The text shows columns on every edge, and each group's hardware, replicas, batch rules and settings."""
     text = explain(resolve(hr.Pipeline("p", A, GPU, C, outputs=["w"]), BOTH, keep=["id"]))

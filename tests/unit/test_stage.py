@@ -78,7 +78,8 @@ def test_a_class_is_a_stage_with_settings():
     spec = Stage.of(TextEmbedder(scale=2.0))
     assert (spec.name, spec.is_model, spec.settings) == ("text_embedder", True, {"model": "small", "scale": 2.0})
     assert (spec.on, spec.batch, spec.replicas) == ((hr.gpu(1, "L4"), hr.cpu(4)), Tokens(64, "text"), (1, 8))
-    assert dict(spec.ray) == {"max_restarts": 2}
+    assert (dict(spec.ray), spec.apart) == ({"max_restarts": 2}, False)
+    assert Stage.of(hr.stage(out={"y": str}, apart=True)(holding())()).apart
     assert Stage.of(spec) is spec
     assert Stage.of(hr.stage(out={"y": str})(holding())()).batch == Rows(32)
 
@@ -153,6 +154,7 @@ def test_columns_read(annotation, text):
         (holding(), {"replicas": (3, 2)}, ["'probe': replicas", "got (3, 2)"]),
         (holding(), {"replicas": (1, 2, 3)}, ["'probe': replicas", "got (1, 2, 3)"]),
         (holding(), {"replicas": "2"}, ["'probe': replicas", "got '2'"]),
+        (plain, {"apart": 1}, ["'plain': apart", "True or False", "got 1"]),
         (plain, {"ray": "max_retries"}, ["'plain': ray", "{'max_retries': 3}", "got 'max_retries'"]),
         (reading(None), {}, ["'probe'", "parameter 'text'", "text: hr.Column[str]", "no annotation"]),
         (reading(str), {}, ["'probe'", "parameter 'text'", "text: hr.Column[str]", "got <class 'str'>"]),

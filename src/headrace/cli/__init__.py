@@ -3,7 +3,7 @@
 Exit codes:
 
     0    done, or nothing to do
-    1    a stage's set-up or the engine failed
+    1    a stage's set-up or the engine failed, a service gave no answer, or headrace check found a difference
     2    a mistake to mend before anything can run
     3    more rows failed than --max-dead-letters allows
     4    input, code or settings changed since the output was begun
@@ -19,12 +19,18 @@ import sys
 import typer
 from rich.console import Console
 
+from headrace.cli.check import check
 from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
+from headrace.cli.keys import keys
 from headrace.cli.replay import replay
+from headrace.cli.rollback import rollback
 from headrace.cli.run import run
 from headrace.cli.runs import runs
+from headrace.cli.serve import serve
+from headrace.cli.stop import stop
+from headrace.cli.top import top
 from headrace.errors import HeadraceError, StageError, StoppedError
 
 app = typer.Typer(
@@ -35,11 +41,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(serve)
+app.command()(rollback)
+app.command()(stop)
+app.command()(top)
+app.command()(check)
 app.command()(replay)
 app.command()(runs)
 app.command()(diff)
 app.command()(explain)
 app.command()(doctor)
+app.add_typer(keys)
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from headrace.settings import override
 from headrace.sources import open_source, select
 
 In = Annotated[list[str] | None, typer.Option("--input", "-i", metavar="PATH", help="Check the pipeline against this input, too; repeatable.")]
+Online = Annotated[bool, typer.Option("--online", help="The plan of a service in place of a batch job's: what shares a replica, and why not.")]
 
 
-def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", address: Address = None) -> None:
+def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", online: Online = False, address: Address = None) -> None:
     """Draw the plan: groups, the hardware chosen on this cluster, batch rules, columns with types on every edge."""
     pipeline = override(load(file), set_ or [])
     kept = names(keep)
@@ -32,9 +33,9 @@ def explain(file: File, input: In = None, set_: Set = None, keep: Keep = "", add
 
     if address or os.environ.get("RAY_ADDRESS"):
         with connected(address) as cluster:
-            resolved = plan.resolve(pipeline, cluster, keep=kept)
+            resolved = plan.resolve(pipeline, cluster, keep=kept, online=online)
     else:
-        resolved = plan.resolve(pipeline, here(), keep=kept)
+        resolved = plan.resolve(pipeline, here(), keep=kept, online=online)
     if source:
         source = select(source, resolved.source, pipeline=pipeline.name)
     print(plan.explain(resolved, types={field.name: from_arrow(field.type) for field in source.schema} if source else None))

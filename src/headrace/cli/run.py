@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from headrace.cli.check import Gate
+from headrace.cli.check import gate as pass_gate
 from headrace.cli.loading import load
 from headrace.cli.options import Address, File, Json, Keep, MaxDeadLetters, Price, Quiet, Set, Verbose, names
 from headrace.cli.progress import Progress, tell
@@ -45,6 +47,7 @@ def run(
     restart: Restart = False,
     accept_change: AcceptChange = False,
     max_dead_letters: MaxDeadLetters = "1%",
+    gate: Gate = None,
     address: Address = None,
     submit: Submit = None,
     price: Price = None,
@@ -73,6 +76,8 @@ def run(
     origin = {"file": str(Path(path).resolve()) + separator + name, "set": set_ or []}
     job = Job.of(pipeline, input=source, output=target, keep=names(keep), origin=origin)
     mode = Mode.RESTART if restart else Mode.ACCEPT_CHANGE if accept_change else Mode.RESUME
+    if gate is not None:
+        pass_gate(pipeline, gate)
     connect = partial(connected, address, folder=folder, verbose=verbose)
     with Progress(quiet=quiet, prices=prices) as progress:
         report = job.run(mode=mode, allowance=allowance, connect=connect, watch=progress.update, prices=prices)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 
 import headrace
 from headrace.errors import RunError
@@ -20,15 +23,23 @@ from headrace.on_ray import compat
 _SPARE_CPUS = 1  # of a cluster that is joined: for reading, preparing and writing beside replicas that take all the rest
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How another process of this machine comes into a Ray: its address, and the token that it asks for, empty where it asks for none."""
+
+    address: str
+    token: str
+
+
 @contextlib.contextmanager
-def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False) -> Iterator[Cluster]:
+def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False, promises: int = 2) -> Iterator[Cluster]:
     """A connection for the length of the block: `address`, `RAY_ADDRESS`, the Ray that this process has joined, or a new one.
 
-    A Ray that is started here promises each core twice, once to replicas and once to reading, preparing and writing: on one
-    machine the operating system shares the cores out better than reservations do, and neither side waits while the other
-    is idle. It has no dashboard, and unless `verbose` nothing else that only other processes would ask.
-    On a cluster that is joined, one CPU is left to them. A cluster that is joined by address is sent
-    headrace itself and the files of `folder`, where the pipeline file lies.
+    A Ray that is started here promises each core `promises` times: once to a batch job's replicas and once to reading, preparing
+    and writing, or to versions of a service that run beside each other. On one machine the operating system shares the cores out
+    better than reservations do, and neither side waits while the other is idle. It listens on loopback alone, asks for a token,
+    has no dashboard, and unless `verbose` nothing else that only other processes would ask. On a cluster that is joined, one CPU
+    is left to others; it is sent headrace itself and the files of `folder`, where the pipeline file lies.
 
     Raises:
         RunError: the address does not answer.
@@ -36,35 +47,65 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     if ray.is_initialized():
         yield describe(spare_cpus=_SPARE_CPUS)
         return
-    where = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    if where:
-        options |= {"address": where, "runtime_env": code(folder) if folder and not compat.in_job() else None}
-    else:
-        # "local", or Ray would join a cluster that happens to run on this machine.
-        options |= {"address": "local", "num_cpus": 2 * compat.cores(), "include_dashboard": False}
-    # Workers inherit the environment: what this process can import, they can. Ray's C++ core writes to the terminal itself.
-    variables = {} if where else {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    if not verbose:
-        variables["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    if where := address or os.environ.get("RAY_ADDRESS"):
+        with _joined({"address": where, "runtime_env": code(folder) if folder and not compat.in_job() else None}, verbose=verbose):
+            yield describe(spare_cpus=_SPARE_CPUS)
+        return
+    with contextlib.ExitStack() as during:
+        during.enter_context(compat.authenticated(_token()))
+        with (
+            _environment({"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}),  # what this process can import, its workers can
+            compat.loopback(),
+            contextlib.nullcontext() if verbose else compat.lean(),
+        ):
+            # "local", or Ray would join a cluster that happens to run on this machine.
+            during.enter_context(_joined({"address": "local", "num_cpus": promises * compat.cores(), "include_dashboard": False}, verbose=verbose))
+        if not verbose:
+            during.enter_context(compat.alone())
+        yield describe(spare_cpus=(promises - 1) * compat.cores())
+
+
+@contextlib.contextmanager
+def entered(entry: Entry, *, verbose: bool = False) -> Iterator[None]:
+    """A connection to a Ray that another process of this machine has started with `connected`, for the length of the block.
+
+    Raises:
+        RunError: it does not answer, or asks for another token.
+    """
+    with compat.authenticated(entry.token), compat.loopback(), _joined({"address": entry.address}, verbose=verbose):
+        yield
+
+
+def entry() -> Entry:
+    """By what `entered` comes into the Ray that this process is connected to."""
+    return Entry(compat.gcs_address(), os.environ.get("RAY_AUTH_TOKEN", "") if os.environ.get("RAY_AUTH_MODE") == "token" else "")
+
+
+def _token() -> str | None:
+    """What a new Ray is to ask for: a token of its own, unless the environment gives one, or None where it turns authentication off."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return None
+    return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _joined(options: dict[str, Any], *, verbose: bool) -> Iterator[None]:
+    where = options["address"]
+    options |= {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    # Ray's C++ core writes to the terminal itself.
     try:
-        with _environment(variables), contextlib.ExitStack() as during:
-            if not verbose:
-                during.enter_context(_no_stderr())
-                if not where:
-                    during.enter_context(compat.lean())
+        with _environment({} if verbose else {"RAY_BACKEND_LOG_LEVEL": "fatal"}), contextlib.nullcontext() if verbose else _no_stderr():
             ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        if not where:
+    except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        if where == "local":
             raise RunError(f"cannot start Ray: {error}; headrace doctor tells what this machine lacks") from error
         raise RunError(f"cannot join Ray at {where!r}: {error}. It must be the head's host:6379; without an address, Ray starts here") from error
     try:
         with (
-            contextlib.nullcontext() if where or verbose else compat.alone(),
             contextlib.nullcontext() if verbose else compat.muted(),
-            contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL}),
+            contextlib.nullcontext() if verbose else _quiet(ray=logging.ERROR, **{"ray.data": logging.CRITICAL, "ray.serve": logging.CRITICAL}),
         ):
-            yield describe(spare_cpus=_SPARE_CPUS if where else compat.cores())
+            yield
     finally:
         ray.shutdown()
 

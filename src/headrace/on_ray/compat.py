@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray._private import ray_constants
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray._private.utils import get_num_cpus
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
 from ray.data._internal.execution import streaming_executor
@@ -27,6 +30,7 @@ from ray.data._internal.execution.interfaces.execution_options import ExecutionR
 from ray.data._internal.stats import _StatsManager
 from ray.data.block import BlockAccessor
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.experimental import internal_kv
 
 __all__ = [
     "ActorPoolStrategy",
@@ -37,15 +41,22 @@ __all__ = [
     "Finished",
     "Occupancy",
     "alone",
+    "authenticated",
     "context",
     "cores",
     "fence",
+    "gcs_address",
     "gpus",
     "in_job",
     "instance_types",
     "lean",
+    "loopback",
     "muted",
+    "node_address",
+    "recall",
+    "remember",
     "ship",
+    "ship_with_neighbours",
     "started_here",
     "stream",
 ]
@@ -93,6 +104,68 @@ def lean() -> Iterator[None]:
             after.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, instead)
         yield
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[None]:
+    """Let all of a Ray that is started or joined in the block listen on 127.0.0.1, as Ray itself has it where it cannot form clusters.
+
+    Ray takes an address of loopback that it is given for the machine's own.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def authenticated(token: str | None) -> Iterator[None]:
+    """Show `token` to the Ray that is joined in the block, or ask for it in the one that is started; None leaves all as it is."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    if token is not None:
+        os.environ |= dict(zip(names, ("token", token), strict=True)) if token else {"RAY_AUTH_MODE": "disabled"}
+        _read_authentication()
+    try:
+        yield
+    finally:
+        if token is not None:
+            for name in names:
+                os.environ.pop(name, None)
+            os.environ |= before
+            _read_authentication()
+
+
+def _read_authentication() -> None:
+    """What the environment says now: Ray's core reads it once. The mode first, or a thread that is still ending asks for a token that is gone."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def gcs_address() -> str:
+    """Where other processes join the Ray that this one has joined."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def node_address() -> str:
+    """The address of this machine that its Ray goes by."""
+    return str(ray.util.get_node_ip_address())
+
+
+def remember(key: str, value: bytes | None) -> None:
+    """Keep a value in Ray's own store, which outlives every actor; None takes it away."""
+    if value is None:
+        internal_kv._internal_kv_del(key, namespace="headrace")
+    else:
+        internal_kv._internal_kv_put(key, value, overwrite=True, namespace="headrace")
+
+
+def recall(key: str) -> bytes | None:
+    """What `remember` kept under this key."""
+    value: bytes | None = internal_kv._internal_kv_get(key, namespace="headrace")
+    return value
 
 
 class _Whole(ClusterAutoscaler):
@@ -148,14 +221,40 @@ def ship(call: Any, *, importable: bool) -> None:
     The workers of a Ray that somebody else has started may not be able to import what this process can. Where they can
     (`importable`), only a file that was loaded under another name than its own is sent, such as my-pipeline.py.
     """
-    kinds = [call] if inspect.isfunction(call) else type(call).__mro__
-    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    for module in (sys.modules.get(kind.__module__) for kind in kinds):
-        file = getattr(module, "__file__", None)
-        if module is None or not file or module.__name__ == "__main__" or file.startswith(installed):
-            continue
-        if not importable or Path(file).stem not in ("__init__", module.__name__.rpartition(".")[2]):
+    for module, file in _own_modules(call):
+        if not importable or file.stem not in ("__init__", module.__name__.rpartition(".")[2]):
             cloudpickle.register_pickle_by_value(module)
+
+
+def ship_with_neighbours(call: Any) -> None:
+    """Send the modules that define a stage by value, and all that was imported from where they lie.
+
+    What is pickled then needs none of these files any more, and keeps its code when they change.
+    """
+    for module, file in _own_modules(call):
+        cloudpickle.register_pickle_by_value(module)
+        parts = module.__name__.split(".")
+        inside = [*file.parent.parts, *([] if file.stem == "__init__" else [file.stem])]
+        root = Path(*inside[: -len(parts)]) if inside[-len(parts) :] == parts else file.parent  # from where it can be imported
+        for name, other in list(sys.modules.items()):
+            place = getattr(other, "__file__", None)
+            if place and place in (str(root.joinpath(*name.split("."))) + end for end in (".py", "/__init__.py")) and not _is_installed(other, place):
+                cloudpickle.register_pickle_by_value(other)
+
+
+def _own_modules(call: Any) -> Iterator[tuple[ModuleType, Path]]:
+    """The user's modules that define a stage, and their files."""
+    for kind in [call] if inspect.isfunction(call) else type(call).__mro__:
+        module = sys.modules.get(kind.__module__)
+        file = getattr(module, "__file__", None)
+        if module is not None and file and module.__name__ != "__main__" and not _is_installed(module, file):
+            yield module, Path(file)
+
+
+def _is_installed(module: ModuleType, file: str) -> bool:
+    """Whether workers have the module anyway; headrace itself is sent to them where they lack it."""
+    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.startswith(installed) or module.__name__.partition(".")[0] == "headrace"
 
 
 def fence() -> dict[str, Any]:

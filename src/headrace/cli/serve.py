@@ -1,0 +1,185 @@
+"""`headrace serve`: a pipeline as a service."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from headrace.cli.loading import load
+from headrace.cli.options import Address, File, Set, Verbose
+from headrace.errors import ServingError, SettingError
+from headrace.settings import override
+
+if TYPE_CHECKING:
+    from headrace.serving.versions import How
+
+Name = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What the service is called, by default as the pipeline is. If it runs, this is its next version.")
+]
+Host = Annotated[str, typer.Option(help="The address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")]
+Replicas = Annotated[
+    list[str] | None, typer.Option(metavar="[GROUP=]LEAST:MOST", help="Replicas of each group, or of one: 1:8, or 0:4 to end the last while idle; repeatable.")
+]
+TargetInFlight = Annotated[float, typer.Option(metavar="N", help="Requests under way for each replica, to which replicas are added and taken away.")]
+Idle = Annotated[str, typer.Option(metavar="TIME", help="With --replicas 0:N: how long nothing must have been asked for until the last replica ends.")]
+Latency = Annotated[str, typer.Option(metavar="TIME", help="The time to answer in, such as 200ms: work that could not be is refused with 429.")]
+Deadline = Annotated[str, typer.Option(metavar="TIME", help="When a request is given up that names no deadline of its own, and the most it may name.")]
+MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The largest body of a request, such as 16MB.")]
+MaxRows = Annotated[int, typer.Option(min=1, metavar="N", help="The most rows of a request.")]
+Keys = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer only to keys in this file, which headrace keys makes.")]
+Tls = Annotated[str | None, typer.Option(metavar="CERT,KEY", help="Files with a certificate chain and its key, in PEM: https instead of http.")]
+AllowNoKeys = Annotated[bool, typer.Option("--allow-no-keys", help="Listen beyond this machine although anybody is answered.")]
+Doors = Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Processes that share the port and pass requests to replicas.")]
+CanaryShare = Annotated[
+    str | None, typer.Option("--canary", metavar="SHARE", help="Give the new version this share of requests, more as it proves no worse, or take it back.")
+]
+ShadowShare = Annotated[str | None, typer.Option("--shadow", metavar="SHARE", help="Mirror this share of requests to the new version, and answer none by it.")]
+Gate = Annotated[Path | None, typer.Option(metavar="FILE", help="Rows that the new version must compute as this process does before it answers.")]
+Log = Annotated[str | None, typer.Option(metavar="json|off", help="A JSON line for each request on standard output; off on a terminal unless asked for.")]
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?")
+_TIMES_S = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMG]?)(i?)[bB]?")
+_SIZES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3}
+_SERVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
+
+
+def serve(
+    file: File,
+    name: Name = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    replicas: Replicas = None,
+    target_in_flight: TargetInFlight = 8.0,
+    idle: Idle = "5min",
+    latency: Latency = "1s",
+    deadline: Deadline = "60s",
+    max_body: MaxBody = "16MiB",
+    max_rows: MaxRows = 4096,
+    keys: Keys = None,
+    tls: Tls = None,
+    allow_no_keys: AllowNoKeys = False,
+    doors: Doors = 2,
+    canary: CanaryShare = None,
+    shadow: ShadowShare = None,
+    gate: Gate = None,
+    set_: Set = None,
+    address: Address = None,
+    log: Log = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a pipeline over HTTP, until told to stop. On a running service this is its next version, which takes over without a request lost."""
+    how = takeover(canary, shadow)
+    replicas_of, idle_s = dict(replica_bounds(word) for word in replicas or []), seconds(idle, "--idle")
+    exposed(host, keys=keys, allow_no_keys=allow_no_keys)
+    certificate = pair(tls) if tls else None
+    if log not in (None, "json", "off"):
+        raise SettingError(f"--log {log!r} must be json or off")
+    pipeline = override(load(file), set_ or [])
+    service = name or pipeline.name
+    if not _SERVICE.fullmatch(service) or "-door-" in service:
+        raise SettingError(f"--name {service!r} must be a letter, then letters, digits, '_' and '-', 63 at most, such as reviews or reviews-eu")
+    from headrace.serving.routes import Limits
+
+    limits = Limits(size(max_body, "--max-body"), max_rows, deadline_s=seconds(deadline, "--deadline"), latency_s=seconds(latency, "--latency"))
+    if keys is not None:
+        from headrace.serving.keys import KeyFile
+
+        KeyFile(keys).hashes()  # told now, and not by actors, if it is missing or damaged
+
+    from headrace.on_ray.deploying import Bounds, Change  # loads ray: a mistake above is told half a second earlier
+    from headrace.on_ray.service import Face, Service, Where
+    from headrace.on_ray.service import serve as begin
+
+    face = Face(host, port, doors, certificate, keys, log == "json" or (log is None and not sys.stdout.isatty()))
+    where = Where(address, Path(file.partition("::")[0]).resolve().parent, verbose)
+    begin(Service(pipeline, service, where, face, limits, Bounds(replicas_of, target_in_flight, idle_s), Change(how, gate)), tell=tell)
+
+
+def tell(text: str) -> None:
+    """A line for people, on standard error, with the time of day."""
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"{time.strftime('%H:%M:%S')}  {text}", markup=False)
+
+
+def takeover(canary: str | None, shadow: str | None) -> How:
+    """How the new version takes over."""
+    from headrace.serving.versions import Canary, Rolling, Shadow
+
+    if canary and shadow:
+        raise SettingError("--canary answers requests and --shadow answers none; give one of them (a canary's requests are mirrored anyway)")
+    if canary:
+        return Canary(share=share(canary, "--canary"))
+    return Shadow(share=share(shadow, "--shadow")) if shadow else Rolling()
+
+
+def exposed(host: str, *, keys: Path | None, allow_no_keys: bool) -> None:
+    """Refuse to answer everybody beyond this machine, unless told to in words."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not (local or keys or allow_no_keys):
+        raise ServingError(
+            f"--host {host} lets other machines in, and no key is asked for. Make one: headrace keys create NAME --file keys.json, "
+            "then give --keys keys.json; or, where something in front checks who asks, say --allow-no-keys"
+        )
+
+
+def replica_bounds(word: str) -> tuple[str, tuple[int, int]]:
+    """`1:8`, `4` or `embed=0:2` as the group's name, empty for all, and its bounds."""
+    group, equals, span = word.rpartition("=")
+    least, colon, most = span.partition(":")
+    try:
+        found = int(least), int(most if colon else least)
+    except ValueError:
+        found = (-1, -1)
+    if not 0 <= found[0] <= found[1] or found[1] < 1 or (equals and not group):
+        raise SettingError(f"--replicas {word!r} must be LEAST:MOST with 0 <= LEAST <= MOST and MOST at least 1, such as 1:8 or embed=0:4")
+    return group, found
+
+
+def pair(text: str) -> tuple[str, str]:
+    """The certificate and its key, both of which must be there."""
+    certificate, comma, key = text.partition(",")
+    for file in (certificate, key):
+        if not comma or not Path(file).is_file():
+            raise SettingError(f"--tls {text!r} must name two files, CERT,KEY" + (f"; there is no file {file!r}" if comma else ""))
+    return str(Path(certificate).resolve()), str(Path(key).resolve())
+
+
+def share(text: str, option: str) -> float:
+    """`5%` or `0.05`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise SettingError(f"{option} {text!r} must be a share above 0 and at most 1, such as 5% or 0.05")
+    return value
+
+
+def seconds(text: str, option: str) -> float:
+    """`200ms`, `1.5s`, `2min` in seconds; a number alone is seconds."""
+    found = _TIME.fullmatch(text.strip())
+    value = float(found[1]) * _TIMES_S[found[2]] if found else 0.0
+    if not value > 0:
+        raise SettingError(f"{option} {text!r} must be a time above 0, such as 200ms, 1.5s or 2min")
+    return value
+
+
+def size(text: str, option: str) -> int:
+    """`16MB` (10^6) and `16MiB` (2^20) in bytes; a number alone is bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    value = int(float(found[1]) * (1024 if found[3] else 1000) ** _SIZES[found[2]]) if found else 0
+    if not value > 0:
+        raise SettingError(f"{option} {text!r} must be a size above 0, such as 512kB, 16MB or 16MiB")
+    return value

@@ -1,0 +1,177 @@
+"""A version of a service on its way: into Ray Serve, through its gate, until it has taken over or has not."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from headrace import parity
+from headrace.client import Client
+from headrace.errors import DeployError, HeadraceError, RunError, ServingError, StoppedError, listing, nearest
+from headrace.formats import Input
+from headrace.hardware import Cluster
+from headrace.on_ray import deployments
+from headrace.on_ray.control import Charge
+from headrace.on_ray.naming import application_name, control_of
+from headrace.on_ray.serve import application
+from headrace.pipeline import Pipeline
+from headrace.plan import Plan, resolve
+from headrace.scaling.policy import Scale
+from headrace.serving import openapi
+from headrace.serving.routes import Limits
+from headrace.serving.steering import Release
+from headrace.serving.versions import How, Rolling, Shadow, Version
+
+_CALL_S = 30.0
+_AWAY_S = 60.0  # how long control may be away until it counts as gone for good
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a version takes over: by and by, as a canary or as a shadow, and the golden rows that it must get right first."""
+
+    how: How = field(default_factory=Rolling)
+    gate: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Replicas of each group, least and most, where they are not those of its stages: by its name, or under an empty one for all.
+
+    `target_in_flight` is the number of requests for each, `idle_s` how long nothing must have been asked for until the last one ends,
+    where there may be none.
+    """
+
+    replicas: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    target_in_flight: float = 8.0
+    idle_s: float = 300.0
+
+    def scales(self, plan: Plan) -> dict[str, Scale]:
+        """The bounds of each group of a plan.
+
+        Raises:
+            ServingError: there is no such group.
+        """
+        names = [group.name for group in plan.groups]
+        if unknown := [name for name in self.replicas if name and name not in names]:
+            raise ServingError(f"--replicas {unknown[0]}=... names no group of {plan.pipeline.name!r}; it has {listing(names)}" + nearest(unknown[0], names))
+        everywhere = self.replicas.get("")
+        return {
+            group.name: Scale(
+                *(self.replicas.get(group.name) or everywhere or group.replicas or (1, 1)), target_in_flight=self.target_in_flight, idle_s=self.idle_s
+            )
+            for group in plan.groups
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A pipeline that is to become a version of a service, and the cluster that it is planned for."""
+
+    pipeline: Pipeline
+    service: str
+    limits: Limits
+    bounds: Bounds
+    change: Change
+    cluster: Cluster
+
+    def run(self, tell: Tell, *, stopped: threading.Event | None = None) -> None:
+        """Deploy it, and follow it until it answers. `stopped` ends the following.
+
+        Raises:
+            DeployError: it did not take over.
+            HardwareError, ServingError: it cannot run there, or not so.
+        """
+        plan = resolve(self.pipeline, self.cluster, online=True)
+        scales = self.bounds.scales(plan)
+        golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), self.pipeline)
+        contract = openapi.contract(self.pipeline)
+        control = control_of(self.service)
+        latest, told = get(control.latest.remote())
+        number = latest + 1
+        made = application(plan, service=self.service, version=number, limits=self.limits, scales=scales)
+        get(control.deploy.remote(Release(Version(number, scales), contract, self.change.how, gate=golden is not None)))
+        try:
+            deployments.deploy(made, application_name(self.service, number))
+            self._follow(number, told, golden, tell, stopped)
+        except (DeployError, StoppedError):
+            raise
+        except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt) as error:  # nobody is left to bring the version on
+            get(control.command.remote("abort", why=str(error).partition("\n")[0] or type(error).__name__))
+            raise
+
+    def _follow(self, number: int, told: int, golden: parity.Golden | None, tell: Tell, stopped: threading.Event | None) -> None:
+        for event in happenings(self.service, told, stopped):
+            tell(str(event))
+            if event.version != number:
+                continue
+            if event.what == "ready" and golden is not None:
+                self._gate(number, golden, tell)
+            elif event.what == "promoted":
+                return
+            elif isinstance(self.change.how, Shadow) and event.what == ("gate passed" if golden else "ready"):
+                tell(f"it shadows the version that answers; headrace top {self.service} compares them, headrace rollback {self.service} takes it away")
+                return
+            elif event.what in ("failed", "rolled back"):
+                raise DeployError(f"version {number} of {self.service} did not take over: {event.why}")
+        raise StoppedError(f"version {number} of {self.service} goes on by itself; headrace rollback {self.service} takes it back")
+
+    def _gate(self, number: int, golden: parity.Golden, tell: Tell) -> None:
+        """Let the candidate compute the golden rows over HTTP, and tell control what came of it."""
+        control = control_of(self.service)
+        key = "hr_" + secrets.token_urlsafe(32)
+        get(control.lend.remote(hashlib.sha256(key.encode()).hexdigest()))
+        charge: Charge = get(control.charged.remote())
+        with Client(charge.url, key=key, version=number, ca=charge.ca) as client:
+            verdict = parity.gate(self.pipeline, golden, parity.over_http(client, self.pipeline.name))
+        tell(str(verdict).partition("\n")[0])
+        if verdict.differences:
+            get(control.command.remote("gate_failed", version=number, why=str(verdict).partition("\n")[0]))
+            for line in str(verdict).splitlines()[1:]:
+                tell(line)
+        else:
+            get(control.command.remote("gate_passed", version=number, why=str(verdict)))
+
+
+def happenings(service: str, told: int, stopped: threading.Event | None = None) -> Any:
+    """What happens to a service after event number `told`, as it happens, until `stopped`.
+
+    Raises:
+        RunError: control, or its Ray, has been away for too long.
+    """
+    heard_s = time.monotonic()
+    while stopped is None or not stopped.is_set():
+        try:
+            news = get(control_of(service).events.remote(told, 1.0))
+        except (ray.exceptions.RayError, ValueError) as error:
+            if time.monotonic() - heard_s > _AWAY_S or not ray.is_initialized():
+                raise RunError(f"nothing is heard of service {service!r} any more: {error}") from error
+            time.sleep(0.5)
+            continue
+        heard_s = time.monotonic()
+        for number, event in news:
+            told = number
+            yield event
+
+
+def get(reference: Any, *, timeout_s: float = _CALL_S) -> Any:
+    """What an actor answers; an error of ours that it raised is raised as it was there."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HeadraceError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.ActorDiedError as error:
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(f"a process of the service does not start: {told[-1]}") from error

@@ -1,0 +1,1 @@
+"""How many replicas: pure decisions from what was observed, without an engine and without a clock of their own."""

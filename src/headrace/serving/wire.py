@@ -1,0 +1,167 @@
+"""The frames between a front door and a replica.
+
+A frame is a fixed head, a msgpack list whose meaning belongs to its kind, and bytes that nobody in between looks into:
+
+    4 bytes  length of all that follows          1 byte   kind
+    8 bytes  number of the request, or 0         4 bytes  length of the list
+    list     see `Kind`                          body     a request's or an answer's, as it came over HTTP or as Arrow IPC
+
+All numbers are big-endian. Times are durations in seconds, never instants: two machines' clocks differ.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+_HEAD = struct.Struct("!IBQI")
+_AFTER_LENGTH = _HEAD.size - 4
+MOST_BYTES = 1 << 30  # of a frame; the front door bounds bodies far below
+
+
+class Kind(enum.IntEnum):
+    """What a frame says. Its list is given in brackets."""
+
+    WORK = 1
+    """Door to replica: compute this [content, accept, left_s or None, priority, alone, trace or None, request_id]. See `Work`."""
+    CANCEL = 2
+    """Door to replica: nobody waits for this request any more []."""
+    PING = 3
+    """Door to replica: are you there? []"""
+    DONE = 16
+    """Replica to door: the answer [rows, queue_s, wait_s, compute_s, batch_rows]. See `Done`."""
+    FAIL = 17
+    """Replica to door: no answer, and no replica would have one [status, code, message, details]. See `Failure`."""
+    BUSY = 18
+    """Replica to door: not taken, since its queue is full [retry_after_s]; another replica may have room."""
+    STARTED = 19
+    """Replica to door: the computation of a request that was sent with `alone` begins now []."""
+    PONG = 20
+    """Replica to door, in answer to PING and each second: what it is doing [stats: a map]. See `Stats`."""
+    DRAIN = 21
+    """Replica to door: send nothing more; what was taken is finished []."""
+
+
+class Content(enum.IntEnum):
+    """How a body is written."""
+
+    JSON = 0
+    ARROW = 1  # an Arrow IPC stream
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request for one group. `alone` asks that it share no call with others, and for `STARTED`."""
+
+    content: Content
+    accept: Content
+    left_s: float | None = None
+    priority: int = 1
+    alone: bool = False
+    trace: str | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Of an answer: its rows, and how long it waited for a free worker, for company, and was computed; `batch_rows` of its largest call."""
+
+    rows: int
+    queue_s: float
+    wait_s: float
+    compute_s: float
+    batch_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there is no answer: an HTTP status, a word for programs, a sentence, and for status 422 what is wrong with each field."""
+
+    status: int
+    code: str
+    message: str
+    details: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a replica is doing.
+
+    Requests taken and not answered, and those of them that no call has begun on; the age of the oldest call under way; rows answered and
+    calls made since it started, and the sum over these calls of how full each was; its memory; whether it takes no more.
+    """
+
+    in_flight: int
+    queued: int
+    oldest_call_s: float
+    rows: int
+    calls: int
+    filled: float
+    memory_bytes: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame. `body` is a view into what was received, valid as long as it is referred to."""
+
+    kind: Kind
+    number: int
+    head: Any
+    body: memoryview
+
+
+def encode(kind: Kind, number: int = 0, head: Any = (), body: bytes | memoryview = b"") -> list[bytes | memoryview]:
+    """A frame as pieces for `transport.writelines`, so that a large body is not copied."""
+    packed = msgpack.packb(head)
+    start = _HEAD.pack(_AFTER_LENGTH + len(packed) + len(body), kind, number, len(packed)) + packed
+    return [start, body] if len(body) else [start]
+
+
+class Decoder:
+    """Frames out of a stream of bytes."""
+
+    __slots__ = ("_have", "_pieces")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._have = 0
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """All frames that `data` completes.
+
+        Raises:
+            ValueError: this is no frame, or one of more than `MOST_BYTES`.
+        """
+        if self._pieces:
+            self._pieces.append(data)
+            self._have += len(data)
+            if self._have < self._wanted():  # a large frame arrives in many pieces: they are joined once
+                return
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+        view, at, size = memoryview(data), 0, len(data)
+        while size - at >= _HEAD.size:
+            length, kind, number, packed = _HEAD.unpack_from(data, at)
+            if length > MOST_BYTES or _AFTER_LENGTH + packed > length:
+                raise ValueError(f"a frame of {length} bytes with a list of {packed}")
+            end = at + 4 + length
+            if end > size:
+                break
+            body = at + _HEAD.size + packed
+            yield Frame(Kind(kind), number, msgpack.unpackb(view[at + _HEAD.size : body]), view[body:end])
+            at = end
+        if at < size:
+            self._pieces.append(data[at:] if at else data)
+        self._have = size - at
+
+    def _wanted(self) -> int:
+        first = self._pieces[0]
+        if len(first) < 4:
+            return _HEAD.size
+        return 4 + int.from_bytes(first[:4], "big")

@@ -1,0 +1,30 @@
+"""A service in this process, without Ray: a door and one replica for each of some stages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import headrace as hr
+from headrace.serving.door import Door
+from headrace.serving.openapi import contract
+from headrace.serving.replica import ReplicaServer
+from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
+from headrace.serving.server import DoorServer
+
+
+@contextlib.contextmanager
+def service(pipeline: hr.Pipeline, *, limits: Limits | None = None) -> Iterator[str]:
+    """Serve `pipeline`, all of it in one replica, for the length of the block; the address."""
+    limits = limits or Limits()
+    replica = ReplicaServer(pipeline.stages, reads=pipeline.inputs, carries=pipeline.outputs, group="all", limits=limits)
+    server = DoorServer(Door(pipeline.name))
+    try:
+        host, port = replica.start()
+        group = GroupRoute("all", (Endpoint("one", host, port),))
+        address = f"http://127.0.0.1:{server.start()}"
+        server.call(server.door.update, Routes(pipeline.name, 1, (VersionRoute(1, 1.0, (group,), contract(pipeline)),), limits))
+        yield address
+    finally:
+        server.stop(timeout_s=0.5)
+        replica.close()
