@@ -31,7 +31,8 @@ check: .venv/.ready-dev ## Check style, types, import rings, and that the refere
 bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH='--rounds 1' passes options on)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/batch_embed.py $(BENCH)
 
-faults: .venv/.ready-dev ## Kill, fill, freeze and damage, and count the rows (FAULTS=--record keeps the figures)
+faults: .venv/.ready-dev ## Kill, fill, freeze and damage; count rows and requests (FAULTS=--record keeps the figures)
+	@sh tools/apt.sh wrk || echo "the test that uses wrk will be skipped"
 	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/properties tests/faults $(FAULTS)
 
 docs: .venv/.ready-dev ## Write docs/reference from the code

@@ -188,7 +188,7 @@ class Service:
 class Headrace(Service):
     """`headrace serve` of the pipeline."""
 
-    TITLES: ClassVar[dict[str, Any]] = {"replica": "ray::ServeReplica:", "controller": "ray::ServeController", "control": "ray::Control", "door": "ray::Door"}
+    TITLES: ClassVar[dict[str, Any]] = {"replica": "ray::ServeReplica:", "controller": "ray::ServeController", "control": "ray::Control", "door": "ray::FrontDoor"}
 
     def command(self) -> list[str]:
         """The command, in a folder with the pipeline."""
@@ -297,7 +297,7 @@ def killed_replicas(service: Service, *, seconds: float = 24, every_s: float = 3
     return {"kills": kills, **account(result())}
 
 
-def killed_in_long_requests(service: Service, *, seconds: float = 30, every_s: float = 4.0) -> dict[str, Any]:
+def killed_in_long_requests(service: Service, *, seconds: float = 40, every_s: float = 5.0) -> dict[str, Any]:
     """The same under requests of six seconds."""
     chance, kills, some, until = random.Random(1), 0, rows(6.0), time.monotonic() + seconds
     with traffic(lambda: load.closed(service.url, some, connections=12, seconds=seconds, check=doubled(some))) as result:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import ipaddress
 import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +24,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from ray.cluster_utils import Cluster
 
 from conftest import SOURCE  # isort: skip
@@ -59,6 +65,7 @@ class Served:
         self.lines: list[str] = []
         self.logs: list[str] = []
         self.url = ""
+        self.trust: ssl.SSLContext | None = None
 
     def write(self, factor: int = 1, setup: str = "pass") -> None:
         (self.folder / "measure.py").write_text(STAGES.format(factor=factor, setup=setup))
@@ -74,7 +81,7 @@ class Served:
             assert self.process.stderr is not None
             for line in self.process.stderr:
                 self.lines.append(line)
-                if found := re.search(r"answers at (http://[\d.:]+)/", line):
+                if found := re.search(r"answers at (https?://[\d.:]+)/", line):
                     self.url = found[1]
                     there.set()
             there.set()
@@ -91,15 +98,16 @@ class Served:
         return subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
     def get(self, path: str) -> Any:
+        """What a GET is answered, as JSON if it is that."""
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             body = answer.read()
             return json.loads(body) if answer.headers.get_content_subtype() == "json" else body.decode().strip()
 
-    def ask(self, text: str = "four", timeout_s: float = 30) -> tuple[int, Any, int]:
+    def ask(self, text: str = "four", timeout_s: float = 30, **headers: str) -> tuple[int, Any, int]:
         """The status, the answer, and the version that gave it; a lost connection is status 0, as a client's retry would have it."""
-        request = urllib.request.Request(f"{self.url}/measure", json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(f"{self.url}/measure", json.dumps({"text": text}).encode(), {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s, context=self.trust) as answer:
                 return answer.status, json.loads(answer.read()), int(answer.headers["X-Headrace-Version"])
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read()), 0
@@ -328,6 +336,36 @@ def test_on_a_cluster_that_is_joined_it_outlives_the_command(tmp_path: Path):
         assert "nor any other" in done.stderr
     finally:
         cluster.shutdown()
+
+
+def test_keys_tls_and_a_gate_at_the_first_version(tmp_path: Path):
+    served = Served(tmp_path)
+    served.write()
+    certify(tmp_path)
+    served.trust = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    pq.write_table(pa.table({"text": ["a", "bcd"], "length": [1, 3]}), tmp_path / "golden.parquet")
+    key = served.run("keys", "create", "me", "--file", "keys.json").stdout.strip()
+    (tmp_path / "measure.py").write_text((tmp_path / "measure.py").read_text().replace("os.getpid()", "0"))  # the gate would see it differ
+    try:
+        served.start("--host", "0.0.0.0", "--keys", "keys.json", "--tls", "cert.pem,key.pem", "--gate", "golden.parquet")
+        assert any("version 1 gate passed" in line for line in served.lines)
+        assert [served.ask()[0], served.ask(Authorization=f"Bearer {key}")[0], served.ask(Authorization="Bearer hr_other")[0]] == [401, 200, 401]
+        assert served.run("keys", "revoke", "me", "--file", "keys.json").returncode == 0
+        until(lambda: served.ask(Authorization=f"Bearer {key}")[0] == 401)
+    finally:
+        served.end()
+
+
+def certify(folder: Path) -> None:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")]), dt.datetime.now(dt.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    made = made.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    (folder / "cert.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
 
 
 def test_scale_to_zero_holds_the_first_request(tmp_path: Path):

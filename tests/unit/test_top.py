@@ -157,7 +157,7 @@ def test_once(service: Service) -> None:
     for url in (where, f"http://{where}", f"http://{where}/", f"http://{where}/status"):
         assert call(url) == view.text(STATUS, url=f"http://{where}")
     assert json.loads(call(where, "--json")) == STATUS
-    place.write(place.here("reviews", address="", token="", url=f"http://{where}"))
+    place.write(place.here("reviews", address="", token="", url=f"http://{where}", drain_s=1.0))
     assert call() == call("reviews", "--once") == call(where)
     with pytest.raises(ServingError, match="no service 'reviewz'.*did you mean 'reviews'"):
         call("reviewz")

@@ -134,13 +134,10 @@ class Deployment:
         charge: Charge = get(control.charged.remote())
         with Client(charge.url, key=key, version=number, ca=charge.ca) as client:
             verdict = parity.gate(self.pipeline, golden, parity.over_http(client, self.pipeline.name))
-        tell(str(verdict).partition("\n")[0])
-        if verdict.differences:
-            get(control.command.remote("gate_failed", version=number, why=str(verdict).partition("\n")[0]))
-            for line in str(verdict).splitlines()[1:]:
-                tell(line)
-        else:
-            get(control.command.remote("gate_passed", version=number, why=str(verdict)))
+        what, *differences = str(verdict).splitlines()
+        for line in differences:
+            tell(line)
+        get(control.command.remote("gate_failed" if verdict.differences else "gate_passed", version=number, why=what))
 
 
 def happenings(service: str, told: int, stopped: threading.Event | None = None) -> Any:

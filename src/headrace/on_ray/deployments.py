@@ -96,16 +96,16 @@ def start_serve() -> None:
 
 def end_serve() -> None:
     """End all applications of this Ray, and Serve itself. Waits half a minute at most for replicas to drain."""
+    there = [replica for groups in deployed().values() for group in groups.values() for replica in group.replicas]
     with _reached():
         ended = _controller().graceful_shutdown.remote()
         deadline_s = time.monotonic() + 3 * _PATIENCE_S
         while not ray.wait([ended], timeout=0.5)[0]:
             if time.monotonic() > deadline_s:
                 return
-            with contextlib.suppress(OutOfReach):
-                for replica in (replica for groups in deployed().values() for group in groups.values() for replica in group.replicas):
-                    if replica.pid is None:  # it waits for room, and Serve for it as if it had work to finish
-                        kill(replica)
+            for replica in there:
+                if replica.pid is None:  # it waits for room, and Serve for it as if it had work to finish
+                    kill(replica)
         serve.shutdown()
 
 

@@ -186,7 +186,8 @@ class GroupReplica:
         except StageError as error:
             raise RuntimeError(f"{deployments.OPEN}{error.frames}{error}{deployments.CLOSE}") from None
         limit_threads(threads)  # again, for the libraries that were loaded meanwhile
-        host, port = self.server.start(_address())
+        # Where doors may be on other machines; a Ray of our own has loopback for its only address.
+        host, port = self.server.start("127.0.0.1" if terms.service is None else compat.node_address())
         self.endpoint = Endpoint(deployments.own_id(), host, port, ray.get_runtime_context().get_node_id(), os.getpid())
         self.caller = Caller(host, port)
         if terms.service is not None:
@@ -305,9 +306,3 @@ class GroupReplica:
 
 def _failure(outcome: Failure | Busy) -> Failure:
     return Failure(429, "overloaded", "the queue of every replica that was asked is full") if isinstance(outcome, Busy) else outcome
-
-
-def _address() -> str:
-    """Where this replica listens: on loopback, unless doors may be on other machines."""
-    several = sum(node["Alive"] for node in ray.nodes()) > 1
-    return ray.util.get_node_ip_address() if several else "127.0.0.1"

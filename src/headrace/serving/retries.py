@@ -14,7 +14,8 @@ from headrace.serving.wire import Failure
 
 MOST_TOKENS = 1_000.0
 TOKENS_PER_REQUEST = 0.2
-MOST_DEATHS = 5
+UNSAID_DEATHS = 3
+MOST_DEATHS = 8
 FULL_MEMORY = 0.8
 WORDS_S = 2.0  # for an answer from another machine
 
@@ -47,40 +48,40 @@ class Retries:
         self._retried(version, why)
         return True
 
-    async def judge(self, link: Link, hop: Hop, *, others: bool) -> Failure | None:
-        """What to answer to a request in whose computation, alone, a replica died; None to try it again.
+    def evidence(self, link: Link) -> str | None:
+        """What shows that a replica on this machine, which is lost, ended by its own doing; None where nothing does, or on other machines."""
+        if not link.local:
+            return None
+        from headrace.serving.words import read  # not needed until something dies
 
-        `others` says whether others were there that might have been next: its answer may have been on its way when one of them began.
-        """
+        words = read(link.endpoint.pid) if link.endpoint.pid else None
         memory_bytes = link.stats.memory_bytes if link.stats is not None else 0
-        local = link.local
-        words = await self._words(link.endpoint, local=local)
-        if words is None and local and memory_bytes > self._full_bytes:
-            words = f"it held {memory_bytes / 1e9:.1f} GB of memory, more than {FULL_MEMORY:.0%} of what the machine has"
-        return self.verdict(hop, words, enough=3 if others else 2)
+        if words is None and memory_bytes > self._full_bytes:
+            return f"it held {memory_bytes / 1e9:.1f} GB of memory, more than {FULL_MEMORY:.0%} of what the machine has"
+        return words
+
+    async def ask(self, link: Link) -> str | None:
+        """The same of a replica on another machine, which takes its time."""
+        if self._ask_words is None:
+            return None
+        asking = asyncio.ensure_future(self._ask_words(link.endpoint))
+        done, _ = await asyncio.wait({asking}, timeout=WORDS_S)
+        if not done:
+            asking.cancel()
+            return None
+        return asking.result() if not asking.cancelled() and asking.exception() is None else None
 
     def verdict(self, hop: Hop, words: str | None, *, enough: int = 2) -> Failure | None:
-        """The same, given what the process said of its end, if anything, and how many deaths are `enough` then."""
+        """What to answer to a request in whose computation, alone, a replica died; None to try it again.
+
+        `words` are what shows that the process ended by its own doing, if anything does; `enough` deaths convict then.
+        """
         if words is not None and hop.deaths >= enough:
             said = words.strip()[:1_000]
             return Failure(500, "deadly_row", f"the request ended the process that computed it, {hop.deaths} times; of the last one is known: {said}")
         if hop.deaths >= MOST_DEATHS:
             return Failure(500, "deadly_row", f"{hop.deaths} replicas died or hung while they computed the request; it is not tried again")
         return None
-
-    async def _words(self, endpoint: Endpoint, *, local: bool) -> str | None:
-        if local and endpoint.pid:
-            from headrace.serving.words import read  # not needed until something dies
-
-            return read(endpoint.pid)
-        if self._ask_words is None:
-            return None
-        asking = asyncio.ensure_future(self._ask_words(endpoint))
-        done, _ = await asyncio.wait({asking}, timeout=WORDS_S)
-        if not done:
-            asking.cancel()
-            return None
-        return asking.result() if not asking.cancelled() and asking.exception() is None else None
 
 
 def _memory_bytes() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.serving.journey import Hop
 from headrace.serving.link import LEAST_BUSY_S, MOST_BUSY_S, Link
-from headrace.serving.retries import Retries
+from headrace.serving.retries import UNSAID_DEATHS, Retries
 from headrace.serving.routes import Endpoint
 from headrace.serving.wire import Done, Failure
 
@@ -190,25 +190,32 @@ class Pool:
             hop.settle(NO_ROOM)
 
     def lost(self, link: Link, hops: list[Hop]) -> None:
-        """A replica's connection is gone: what it had is tried elsewhere, each request by itself from now on, lest it was the cause."""
+        """A replica's connection is gone: what it had is tried elsewhere."""
         self._settle_usable()
         self.leaving.discard(link)
-        others = any(not hop.alone for hop in hops)
+        if not link.local and any(hop.deaths for hop in hops):  # an only death is not worth the wait for an answer from another machine
+            self._start(self._ask_then_retry(link, hops))
+        else:
+            self._retry(hops, self._retries.evidence(link))
+
+    async def _ask_then_retry(self, link: Link, hops: list[Hop]) -> None:
+        self._retry(hops, await self._retries.ask(link))
+
+    def _retry(self, hops: list[Hop], words: str | None) -> None:
+        """Requests whose replica died. If it was by its own doing, each by itself from now on, lest it was the cause.
+
+        Otherwise somebody else has killed it, or the machine is gone; after several such deaths of the same request that is less sure.
+        """
+        others = any(not hop.alone for hop in hops)  # one's answer may have been on its way when another began
         for hop in hops:
             if hop.future.done():
                 continue
             hop.deaths += hop.started or not hop.alone
-            if hop.alone and hop.started:
-                self._start(self._judge(link, hop, others=others))
-            else:
-                hop.alone = True
-                self._resend(hop, "death")
-
-    async def _judge(self, link: Link, hop: Hop, *, others: bool) -> None:
-        verdict = await self._retries.judge(link, hop, others=others)
-        if verdict is not None:
-            hop.settle(verdict)
-        elif not hop.future.done():
+            verdict = self._retries.verdict(hop, words if hop.alone and hop.started else None, enough=3 if others else 2)
+            if verdict is not None:
+                hop.settle(verdict)
+                continue
+            hop.alone = hop.alone or words is not None or hop.deaths >= UNSAID_DEATHS
             self._resend(hop, "death")
 
     def _move(self, hops: list[Hop], *, silent: bool) -> None:
