@@ -2,7 +2,7 @@
 
     python benchmarks/canary.py --save
 
-The real decisions of `headrace.serving.rollout` are stepped once a second against simulated doors. What makes latencies hard to compare is simulated,
+The real decisions of `headrace.serving.release.rollout` are stepped once a second against simulated doors. What makes latencies hard to compare is simulated,
 too: lognormal noise (sigma 0.3 to 0.6, one for each run) on top of requests of different sizes, 1 in 100 requests up to fifty times as slow, spells in
 which both versions are slow, hiccups of a few seconds of one version alone (one in two minutes, twice as slow), a slow drift of each version by
 3 %, and a newcomer with cold caches. A share of requests fails in both versions, and a share in either by chance.
@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from headrace.scaling.policy import Scale
-from headrace.serving import rollout
+from headrace.serving.release import rollout
+from headrace.serving.release.versions import Canary, Seen, ServiceState, Version
 from headrace.serving.routes import LATENCY_BOUNDS_S, VersionReport
-from headrace.serving.versions import Canary, Seen, ServiceState, Version
 
 HERE = Path(__file__).resolve().parent
 MIDDLE_S, COLD_REQUESTS, COLD_S = 0.04, 15, 8.0

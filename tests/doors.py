@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import headrace as hr
-from headrace.serving.door import Door
-from headrace.serving.openapi import contract
-from headrace.serving.replica import ReplicaServer
+from headrace.serving.bodies.openapi import contract
+from headrace.serving.door.app import Door
+from headrace.serving.door.server import DoorServer
+from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
-from headrace.serving.server import DoorServer
 
 
 @contextlib.contextmanager

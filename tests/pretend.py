@@ -15,8 +15,8 @@ from typing import Any
 import headrace as hr
 from headrace.errors import HeadraceError
 from headrace.local import prepare
-from headrace.serving.bodies import Codec, Refused
-from headrace.serving.openapi import contract, schema
+from headrace.serving.bodies.codec import Codec, Refused
+from headrace.serving.bodies.openapi import contract, schema
 from headrace.serving.wire import Content
 
 ARROW, LINES = "application/vnd.apache.arrow.stream", "application/x-ndjson"

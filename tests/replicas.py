@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from headrace.serving import wire
-from headrace.serving.door import Door
+from headrace.serving.door.app import Door
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
 from headrace.serving.wire import Content, Kind, Stats, Work
 

@@ -7,7 +7,7 @@ import contextlib
 
 import orjson
 
-from headrace.serving.replica import ReplicaServer
+from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.wire import Content, Decoder, Kind, encode
 
 PATIENCE_S = 20

@@ -188,7 +188,12 @@ class Service:
 class Headrace(Service):
     """`headrace serve` of the pipeline."""
 
-    TITLES: ClassVar[dict[str, Any]] = {"replica": "ray::ServeReplica:", "controller": "ray::ServeController", "control": "ray::Control", "door": "ray::FrontDoor"}
+    TITLES: ClassVar[dict[str, Any]] = {
+        "replica": "ray::ServeReplica:",
+        "controller": "ray::ServeController",
+        "control": "ray::Control",
+        "door": "ray::FrontDoor",
+    }
 
     def command(self) -> list[str]:
         """The command, in a folder with the pipeline."""

@@ -16,7 +16,7 @@ SERVER = """
 import ctypes, os, signal, sys
 import headrace as hr
 from headrace.serving import words
-from headrace.serving.replica import ReplicaServer
+from headrace.serving.replica.server import ReplicaServer
 
 @hr.stage(out={"y": int})
 def stage(how: hr.Column[str]):

@@ -27,9 +27,9 @@ from headrace.on_ray.naming import NAMESPACE, control_name
 from headrace.on_ray.serve import application
 from headrace.plan import resolve
 from headrace.scaling.policy import Scale
-from headrace.serving.caller import Caller
-from headrace.serving.heads import ARROW_TYPE
-from headrace.serving.jobs import Busy
+from headrace.serving.door.heads import ARROW_TYPE
+from headrace.serving.replica.caller import Caller
+from headrace.serving.replica.jobs import Busy
 from headrace.serving.routes import Endpoint, Limits
 from headrace.serving.wire import Content, Work
 

@@ -19,10 +19,10 @@ from test_round_trips import CASES, COLUMNS, equal
 import headrace as hr
 from headrace.arrays import table, to_rows
 from headrace.columns import ColumnType, type_of
-from headrace.serving import openapi
-from headrace.serving.bodies import Codec, Refused
+from headrace.serving.bodies import openapi
+from headrace.serving.bodies.codec import Codec, Refused
+from headrace.serving.bodies.streams import write_stream
 from headrace.serving.routes import Limits
-from headrace.serving.streams import write_stream
 from headrace.serving.wire import Content
 
 JSON, ARROW = Content.JSON, Content.ARROW

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headrace as hr
-from headrace.serving.floor import Floor
-from headrace.serving.jobs import AGE_S, Cut, Job, assemble, cut
-from headrace.serving.queue import Line, fit
+from headrace.serving.replica.floor import Floor
+from headrace.serving.replica.jobs import AGE_S, Cut, Job, assemble, cut
+from headrace.serving.replica.queue import Line, fit
 from headrace.serving.routes import Limits
 from headrace.worker import measure
 

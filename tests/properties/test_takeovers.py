@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from headrace.errors import ServingError
 from headrace.scaling.policy import Scale
-from headrace.serving import rollout
+from headrace.serving.release import rollout
+from headrace.serving.release.versions import Canary, Load, Role, Rolling, Seen, ServiceState, Shadow, Version, from_json, to_json
 from headrace.serving.routes import VersionReport
-from headrace.serving.versions import Canary, Load, Role, Rolling, Seen, ServiceState, Shadow, Version, from_json, to_json
 
 GROUPS = ("prepare", "embed")
 SCALES = st.builds(

@@ -13,8 +13,8 @@ import pytest
 import headrace as hr
 from headrace.arrays import table, to_rows
 from headrace.columns import type_of
-from headrace.serving.bodies import Codec, Refused, sample
-from headrace.serving.streams import write_stream
+from headrace.serving.bodies.codec import Codec, Refused, sample
+from headrace.serving.bodies.streams import write_stream
 from headrace.serving.wire import Content
 
 JSON, ARROW = Content.JSON, Content.ARROW

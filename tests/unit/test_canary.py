@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from headrace.errors import SettingError
-from headrace.serving import canary
-from headrace.serving.canary import Coins, Counts, Tolerance, Trial, feed, judge
+from headrace.serving.release import canary
+from headrace.serving.release.canary import Coins, Counts, Tolerance, Trial, feed, judge
 from headrace.serving.routes import LATENCY_BOUNDS_S, VersionReport
 
 

@@ -12,10 +12,11 @@ import pytest
 from replicas import Call, FakeConnection, FakeReplica, ask, routes, run, service, several, until, version
 
 import headrace as hr
-from headrace.serving import exchange, heads, openapi
-from headrace.serving.door import Door
-from headrace.serving.logs import AccessLog
+from headrace.serving.bodies import openapi
+from headrace.serving.door import exchange, heads
+from headrace.serving.door.app import Door
 from headrace.serving.routes import Limits
+from headrace.serving.watch.logs import AccessLog
 from headrace.serving.wire import Content
 
 

@@ -41,8 +41,8 @@ ALL = [
 
 
 def test_every_kind_of_event_is_covered_here():
-    """A new kind of event must be added to the list above."""
-    assert {type(event).__name__ for event in ALL} == {kind.__name__ for kind in Event.__subclasses__()}
+    """A new kind of event of a run must be added to the list above."""
+    assert {type(event).__name__ for event in ALL} == {kind.__name__ for kind in Event.__subclasses__() if kind.__module__ == Event.__module__}
 
 
 @pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from replicas import Call, FakeReplica, run, until
 
-from headrace.serving import link as links
-from headrace.serving.journey import Hop, Journey
-from headrace.serving.link import Link
+from headrace.serving.door import link as links
+from headrace.serving.door.journey import Hop, Journey
+from headrace.serving.door.link import Link
 from headrace.serving.wire import Content, Failure, Kind
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headrace.serving.logs import AccessLog
+from headrace.serving.watch.logs import AccessLog
 
 
 def lines(text: str) -> list[dict[str, Any]]:

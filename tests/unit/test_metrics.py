@@ -9,8 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.serving.figures import Lately, Recent, bucket, quantile
-from headrace.serving.metrics import DoorMetrics
 from headrace.serving.routes import LATENCY_BOUNDS_S, DoorReport, VersionReport
+from headrace.serving.watch.metrics import DoorMetrics
 from headrace.serving.wire import Done
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 
 import headrace as hr
-from headrace.serving import openapi
-from headrace.serving.door import Door
-from headrace.serving.replica import ReplicaServer
+from headrace.serving.bodies import openapi
+from headrace.serving.door.app import Door
+from headrace.serving.door.server import DoorServer
+from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
-from headrace.serving.server import DoorServer
 
 ARROW = "application/vnd.apache.arrow.stream"
 

@@ -13,8 +13,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import headrace as hr
 from headrace.arrays import table
-from headrace.serving import openapi
-from headrace.serving.bodies import Codec, sample
+from headrace.serving.bodies import openapi
+from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from replicas import FakeReplica, ask, run, several, until, version
 
-from headrace.serving import pairs
-from headrace.serving.journey import Answer, Leg
+from headrace.serving.door import pairs
+from headrace.serving.door.journey import Answer, Leg
 from headrace.serving.routes import VersionReport
 from headrace.serving.wire import Content, Done, Failure
 

@@ -2,7 +2,7 @@
 
 import os
 
-from headrace.serving.pipes import Pipes, writer
+from headrace.serving.watch.pipes import Pipes, writer
 
 
 class Out:

@@ -10,7 +10,8 @@ from serving_doors import Peer, serving, until, visit
 
 import headrace as hr
 from headrace.errors import StageError
-from headrace.serving import hearing, replica
+from headrace.serving.replica import hearing
+from headrace.serving.replica import server as replica
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Kind, encode
 

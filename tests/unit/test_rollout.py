@@ -11,10 +11,10 @@ import pytest
 
 from headrace.errors import ServingError, SettingError
 from headrace.scaling.policy import Scale
-from headrace.serving import rollout
-from headrace.serving.canary import Tolerance
+from headrace.serving.release import rollout
+from headrace.serving.release.canary import Tolerance
+from headrace.serving.release.versions import Canary, How, Load, Role, Rolling, Seen, ServiceState, Shadow, Told, Version, from_json, to_json
 from headrace.serving.routes import VersionReport
-from headrace.serving.versions import Canary, How, Load, Role, Rolling, Seen, ServiceState, Shadow, Told, Version, from_json, to_json
 
 
 class Cluster:

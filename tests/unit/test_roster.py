@@ -1,6 +1,6 @@
 """Who is there: replicas are in the routes while they say so, and no longer."""
 
-from headrace.serving.roster import EXPIRY_S, Roster
+from headrace.serving.release.roster import EXPIRY_S, Roster
 from headrace.serving.routes import Endpoint
 
 A, B = Endpoint("a", "127.0.0.1", 1), Endpoint("b", "127.0.0.1", 2)

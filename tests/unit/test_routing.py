@@ -9,8 +9,9 @@ import json
 import pytest
 from replicas import IDLE, Call, FakeConnection, FakeReplica, ask, routes, run, service, several, until, version
 
-from headrace.serving import retries, routing, words
-from headrace.serving.journey import Hop, Journey
+from headrace.serving import words
+from headrace.serving.door import retries, routing
+from headrace.serving.door.journey import Hop, Journey
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Kind
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from headrace.errors import ServingError, SettingError
-from headrace.serving.versions import Canary, Rolling, Shadow
+from headrace.serving.release.versions import Canary, Rolling, Shadow
 
 options = importlib.import_module("headrace.cli.serve")  # the package has the command under this name
 

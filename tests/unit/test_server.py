@@ -19,10 +19,10 @@ import pytest
 from replicas import Call, FakeReplica, routes, version
 
 from headrace.errors import ServingError
-from headrace.serving import guard
-from headrace.serving.door import Door
+from headrace.serving.door import guard
+from headrace.serving.door.app import Door
+from headrace.serving.door.server import DoorServer
 from headrace.serving.routes import Limits
-from headrace.serving.server import DoorServer
 
 LIMITS = Limits()
 

@@ -8,8 +8,8 @@ import pytest
 from serving_doors import serving, until, visit
 
 import headrace as hr
-from headrace.serving.floor import divide
-from headrace.serving.jobs import Cut, assemble
+from headrace.serving.replica.floor import divide
+from headrace.serving.replica.jobs import Cut, assemble
 from headrace.serving.wire import Kind
 
 

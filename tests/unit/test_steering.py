@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 from headrace.scaling.policy import Scale
+from headrace.serving.release.steering import EVENTS, GRACE_S, Release, Steering
+from headrace.serving.release.versions import Role, Told, Version
 from headrace.serving.routes import DoorReport, Endpoint, Limits
-from headrace.serving.steering import EVENTS, GRACE_S, Release, Steering
-from headrace.serving.versions import Role, Told, Version
 from headrace.serving.wire import Stats
 
 START_S = 1_000_000.0

@@ -8,7 +8,7 @@ import json
 import pytest
 from replicas import Call, FakeConnection, FakeReplica, ask, routes, run, service, until, version
 
-from headrace.serving import streaming
+from headrace.serving.door import streaming
 from headrace.serving.routes import Limits
 
 LINES = {"content-type": "application/x-ndjson"}

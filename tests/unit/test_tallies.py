@@ -1,7 +1,7 @@
 """What doors count goes on although doors start again."""
 
+from headrace.serving.release.tallies import SILENT_S, Tallies
 from headrace.serving.routes import DoorReport, VersionReport
-from headrace.serving.tallies import SILENT_S, Tallies
 
 
 def report(door, answered=0, *, in_flight=0, rejected=0, replicas=None, waiting=None, hung=()):

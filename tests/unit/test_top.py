@@ -22,11 +22,12 @@ from headrace import cli
 from headrace.cli.top import open_client, watch
 from headrace.errors import ServiceError, ServingError, UnauthorizedError, UnavailableError
 from headrace.scaling.policy import Scale
-from headrace.serving import place, view
+from headrace.serving import place
 from headrace.serving.figures import bucket
+from headrace.serving.release.steering import Release, Steering
+from headrace.serving.release.versions import Version
 from headrace.serving.routes import DoorReport, Endpoint, Limits, VersionReport
-from headrace.serving.steering import Release, Steering
-from headrace.serving.versions import Version
+from headrace.serving.watch import top as view
 from headrace.serving.wire import Stats
 
 LATELY = {"answered_per_s": 47.53, "errors_per_s": 0.0, "rejected_per_s": 0.0, "expired_per_s": 0.0, "retries_per_s": 0.2, "p50_s": 0.0214, "p99_s": 0.118}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headrace.errors import ServingError
-from headrace.serving.traces import Traces, parse
+from headrace.serving.watch.traces import Traces, parse
 from headrace.serving.wire import Done
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -234,6 +234,6 @@ def test_a_missing_exporter_is_told(environment: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_loaded_while_off() -> None:
-    code = "import sys, headrace.serving.traces as t; assert t.Traces.from_environment('a') is None; print('opentelemetry' in sys.modules)"
+    code = "import sys, headrace.serving.watch.traces as t; assert t.Traces.from_environment('a') is None; print('opentelemetry' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": ""})
     assert done.stdout == "False\n"

@@ -19,7 +19,7 @@ from headrace.errors import ServingError, SettingError
 from headrace.settings import override
 
 if TYPE_CHECKING:
-    from headrace.serving.versions import How
+    from headrace.serving.release.versions import How
 
 Name = Annotated[
     str | None, typer.Option(metavar="NAME", help="What the service is called, by default as the pipeline is. If it runs, this is its next version.")
@@ -112,7 +112,7 @@ def tell(text: str) -> None:
 
 def takeover(canary: str | None, shadow: str | None) -> How:
     """How the new version takes over."""
-    from headrace.serving.versions import Canary, Rolling, Shadow
+    from headrace.serving.release.versions import Canary, Rolling, Shadow
 
     if canary and shadow:
         raise SettingError("--canary answers requests and --shadow answers none; give one of them (a canary's requests are mirrored anyway)")

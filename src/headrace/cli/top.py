@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.live import Live
 
 from headrace.errors import ServiceError, ServingError, UnauthorizedError, UnavailableError, listing
-from headrace.serving import place, view
+from headrace.serving import place
+from headrace.serving.watch import top as view
 
 if TYPE_CHECKING:
     import httpx2

@@ -12,7 +12,7 @@ import pyarrow as pa
 from headrace.arrays import table, to_rows
 from headrace.columns import ColumnType, Vector
 from headrace.errors import DefinitionError, RowError, ServiceError, listing, nearest
-from headrace.serving.bodies import Codec, Refused
+from headrace.serving.bodies.codec import Codec, Refused
 from headrace.serving.wire import Content
 
 Row = Mapping[str, Any]

@@ -18,9 +18,9 @@ from headrace.errors import KeyFileError
 from headrace.on_ray import compat, deployments
 from headrace.on_ray.naming import application_name
 from headrace.serving.keys import KeyFile
+from headrace.serving.release.steering import Release, Steering
+from headrace.serving.release.versions import Told
 from headrace.serving.routes import DoorReport, Endpoint, Limits, Routes
-from headrace.serving.steering import Release, Steering
-from headrace.serving.versions import Told
 
 _TICK_S = 1.0
 _LOOK_S = 2.0  # between looks at Serve while there is nothing to do
@@ -132,7 +132,7 @@ class Control:
         self._change(lambda: self._steering.deploy(release, at_s=time.time()))
 
     async def command(self, name: str, **arguments: Any) -> None:
-        """`promote`, `abort`, `rollback`, `stop`, `gate_passed` or `gate_failed` of `serving.rollout`, done now."""
+        """`promote`, `abort`, `rollback`, `stop`, `gate_passed` or `gate_failed` of `serving.release.rollout`, done now."""
         self._change(lambda: self._steering.command(name, at_s=time.time(), **arguments))
 
     async def lend(self, digest: str) -> None:

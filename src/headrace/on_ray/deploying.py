@@ -26,10 +26,10 @@ from headrace.on_ray.serve import application
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, resolve
 from headrace.scaling.policy import Scale
-from headrace.serving import openapi
+from headrace.serving.bodies import openapi
+from headrace.serving.release.steering import Release
+from headrace.serving.release.versions import How, Rolling, Shadow, Version
 from headrace.serving.routes import Limits
-from headrace.serving.steering import Release
-from headrace.serving.versions import How, Rolling, Shadow, Version
 
 _CALL_S = 30.0
 _AWAY_S = 60.0  # how long control may be away until it counts as gone for good

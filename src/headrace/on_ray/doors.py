@@ -18,12 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.on_ray.naming import control_of
 from headrace.serving import words
-from headrace.serving.door import Door
-from headrace.serving.logs import AccessLog
-from headrace.serving.pipes import writer
+from headrace.serving.door.app import Door
+from headrace.serving.door.server import DoorServer
 from headrace.serving.routes import Endpoint, Routes
-from headrace.serving.server import DoorServer
-from headrace.serving.traces import Traces
+from headrace.serving.watch.logs import AccessLog
+from headrace.serving.watch.pipes import writer
+from headrace.serving.watch.traces import Traces
 
 _REPORT_S = 1.0
 _LOOK_S = 0.1  # between looks whether control must know something at once
@@ -33,7 +33,7 @@ _AWAY = (ray.exceptions.RayError, ValueError)  # control is dead, starts again, 
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """Where a service's doors listen, on which node they run, and where they log: `logs` is the pattern of the pipes that are read (`serving.pipes`).
+    """Where a service's doors listen, on which node they run, and where they log: `logs` is the pattern of the pipes that are read (`serving.watch.pipes`).
 
     Where nobody reads, doors log to their own standard output, which Ray keeps in files; None is for no log of requests.
     """

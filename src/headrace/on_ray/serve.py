@@ -36,13 +36,15 @@ from headrace.on_ray.operators import limit_threads
 from headrace.pipeline import Pipeline
 from headrace.plan import Group, Plan
 from headrace.scaling.policy import Scale
-from headrace.serving import heads, openapi, words
-from headrace.serving.caller import Caller
-from headrace.serving.jobs import Busy
-from headrace.serving.journey import EXPIRED
-from headrace.serving.replica import ReplicaServer
+from headrace.serving import words
+from headrace.serving.bodies import openapi
+from headrace.serving.bodies.streams import write_stream
+from headrace.serving.door import heads
+from headrace.serving.door.journey import EXPIRED
+from headrace.serving.replica.caller import Caller
+from headrace.serving.replica.jobs import Busy
+from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, Limits
-from headrace.serving.streams import write_stream
 from headrace.serving.wire import Content, Failure, Work
 
 _ANNOUNCED_EACH_S = 2.0

@@ -28,9 +28,10 @@ from headrace.on_ray.deploying import Bounds, Change, Deployment, Tell, get, hap
 from headrace.on_ray.doors import FrontDoor, Listening
 from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
 from headrace.pipeline import Pipeline
-from headrace.serving import openapi, place
-from headrace.serving.pipes import Pipes
+from headrace.serving import place
+from headrace.serving.bodies import openapi
 from headrace.serving.routes import Limits
+from headrace.serving.watch.pipes import Pipes
 
 PROMISES = 8
 """How often a Ray that is started for a service promises each core: versions run beside each other, and most replicas wait most of the time."""

@@ -1,0 +1,231 @@
+"""The front door of a service: an ASGI app that takes requests over HTTP and has replicas compute them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from headrace.serving.door import heads
+from headrace.serving.door.exchange import CLOSE, Exchange, Memory, Message, Receive, Send
+from headrace.serving.door.fleet import Fleet
+from headrace.serving.door.pairs import Mirror
+from headrace.serving.door.retries import AskWords, Retries
+from headrace.serving.door.routing import Pool
+from headrace.serving.door.rows import Rows
+from headrace.serving.door.views import OPEN, Views
+from headrace.serving.keys import check
+from headrace.serving.routes import DoorReport, Limits, Routes
+from headrace.serving.watch.metrics import DoorMetrics
+from headrace.serving.wire import Done, Failure
+
+if TYPE_CHECKING:
+    from headrace.serving.watch.logs import AccessLog
+    from headrace.serving.watch.traces import Traces
+
+TICK_S = 0.5
+
+CLOSING = Failure(503, "unavailable", "the service shuts down")
+NO_KEY = Failure(401, "unauthorized", "an API key is needed: Authorization: Bearer hr_..., or X-API-Key: hr_...")
+WRONG_KEY = Failure(401, "unauthorized", "this API key is not valid")
+_TEXT = (b"content-type", b"text/plain")
+_SOON = (b"retry-after", b"1")
+_CHALLENGE = (b"www-authenticate", b"Bearer")
+_NOTHING_YET = Failure(503, "unavailable", "the service starts; no version of it is known yet")
+
+
+class Door:
+    """A front door of a service. It lives on one event loop, on which all its methods are called.
+
+    `peers` are the Prometheus texts of the other doors, `snapshot` is what `/status` says beside this door's own figures, `traces` where
+    spans go, if anywhere, `connections` how many clients are connected, of `most_connections` that this process can have, and `leaving` whether new ones
+    are better taken elsewhere; whoever runs the door sets them.
+    """
+
+    def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None) -> None:
+        self.service = service
+        self.name = name
+        self.log = log
+        self.traces: Traces | None = None
+        self.metrics = DoorMetrics(service, name)
+        self.retries = Retries(ask_words=ask_words, retried=self._retried)
+        self.fleet = Fleet(retries=self.retries, answered=self._answered)
+        self.mirror = Mirror(paired=self.metrics.paired)
+        self.memory = Memory()
+        self.leaving = self.closing = False
+        self.connections = 0
+        self.most_connections = sys.maxsize
+        self.peers: list[str] = []
+        self.snapshot: dict[str, Any] = {}
+        self._rows = Rows(self)
+        self._views = Views(self)
+        self._under_way = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._prefix = os.urandom(10).hex()
+        self._number = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds of the service."""
+        return self.fleet.limits
+
+    @property
+    def keys(self) -> Mapping[str, str] | None:
+        """The hashes of valid keys, or None while none are asked for."""
+        return self.fleet.routes.keys if self.fleet.routes is not None else None
+
+    def now(self) -> float:
+        """The time of the loop, finer than uvloop tells it, which counts the same clock in whole milliseconds."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return time.monotonic()
+
+    def update(self, routes: Routes) -> None:
+        """Route requests like this from now on."""
+        self.now()
+        assert self._loop is not None
+        self.fleet.update(routes)
+        self.metrics.keep(self.fleet.versions.keys())
+        if self._ticking is None and not self.closing:
+            self._ticking = self._loop.create_task(self._tick())
+
+    def report(self) -> DoorReport:
+        """What control is to know."""
+        fleet = self.fleet
+        self._gauge()
+        return DoorReport(
+            self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `/status` answers: what the snapshot says of the whole service, and this door's own figures."""
+        versions = []
+        for number, version in self.fleet.versions.items():
+            counts = dataclasses.asdict(version.report)
+            del counts["latencies"]
+            groups = [{"name": pool.group, "ready": len(pool.usable), "waiting": pool.waiting()} for pool in version.pools]
+            versions.append({"version": number, "weight": version.route.weight, "shadow": version.route.shadow, "counts": counts, "groups": groups})
+        door = {"name": self.name, "in_flight": self._under_way, "connections": self.connections, "held_bytes": self.memory.held_bytes}
+        return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, "door": door}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
+        if scope["type"] != "http":
+            raise ValueError(f"a door speaks HTTP, not {scope['type']}")
+        began = self.now()
+        found = heads.scan(scope["headers"])
+        request_id = heads.request_id(found)
+        if request_id is None:
+            self._number += 1
+            request_id = f"{self._prefix}{self._number:012x}"
+        exchange = Exchange(scope, receive, send, memory=self.memory, request_id=request_id, found=found, began=began)
+        self._under_way += 1
+        try:
+            await self._answer(exchange, scope["method"], scope["path"])
+        except heads.HeadError as error:
+            await self._refuse(exchange, error.failure)
+        finally:
+            exchange.release()
+            exchange.watch(None)
+            self._under_way -= 1
+            if self._idle is not None and not self._under_way and not self._idle.done():
+                self._idle.set_result(None)
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Finish what is under way, for so long at most; then end. New requests are refused."""
+        self.closing = True
+        if self._under_way:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._idle}, timeout=timeout_s)
+        if self._ticking is not None:
+            self._ticking.cancel()
+        self.mirror.close()
+        self.fleet.abort(CLOSING)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
+
+    async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
+        keys = self.keys
+        key = None
+        if keys is not None and path not in OPEN:
+            given = heads.presented(exchange.found)
+            key = check(keys, given) if given else None
+            if key is None:
+                await self._refuse(exchange, WRONG_KEY if given else NO_KEY, _CHALLENGE)
+                return
+        if path in self.fleet.mixes:
+            if method != "POST":
+                await self._other_method(exchange, method, "POST, OPTIONS")
+            elif self.closing:
+                await self._refuse(exchange, CLOSING, CLOSE, _SOON)
+            else:
+                await self._rows.answer(exchange, path, key)
+        elif self._views.knows(path):
+            if method in ("GET", "HEAD"):
+                await self._show(exchange, path)
+            else:
+                await self._other_method(exchange, method, "GET, HEAD, OPTIONS")
+        elif not self.fleet.mixes:
+            await self._refuse(exchange, _NOTHING_YET, _SOON)
+        else:
+            there = ", ".join(f"POST {each}" for each in sorted(self.fleet.mixes))
+            await self._refuse(exchange, Failure(404, "not_found", f"there is nothing at {path[:200]}; there is {there}"))
+
+    async def _show(self, exchange: Exchange, path: str) -> None:
+        page = self._views.page(path)
+        if isinstance(page, Failure):
+            await self._refuse(exchange, page, _SOON)
+        else:
+            status, body, kind = page
+            await exchange.reply(status, body, (b"content-type", kind), (b"cache-control", b"no-cache"))
+
+    async def _other_method(self, exchange: Exchange, method: str, allowed: str) -> None:
+        allow = (b"allow", allowed.encode())
+        if method == "OPTIONS":
+            await exchange.reply(204, b"", _TEXT, allow)
+        else:
+            await self._refuse(exchange, Failure(405, "method_not_allowed", f"{method} is not allowed here; allowed: {allowed}"), allow)
+
+    async def _refuse(self, exchange: Exchange, failure: Failure, *more: tuple[bytes, bytes]) -> None:
+        """Answer with an error before any version has seen the request."""
+        self.metrics.answered(0, failure.status, self.now() - exchange.began)
+        await exchange.fail(failure, *more)
+        if self.log is not None:
+            self.log.request(
+                request_id=exchange.request_id,
+                method=exchange.scope["method"],
+                path=exchange.scope["path"],
+                status=failure.status,
+                error=failure.code,
+                took_ms=(self.now() - exchange.began) * 1e3,
+            )
+
+    def _answered(self, pool: Pool, done: Done) -> None:
+        self.metrics.group(pool.version, pool.group, done)
+
+    def _retried(self, version: int, why: str) -> None:
+        self.metrics.retried(why)
+        if version in self.fleet.versions:
+            self.fleet.versions[version].report.retries += 1
+
+    async def _tick(self) -> None:
+        while True:
+            self.fleet.tick()
+            self._gauge()
+            await asyncio.sleep(TICK_S)
+
+    def _gauge(self) -> None:
+        """Note how full everything is."""
+        for version in self.fleet.versions.values():
+            report = version.report
+            report.queued = version.waiting()
+            self.metrics.occupancy(version.number, report.in_flight, report.queued)
+            for pool in version.pools:
+                self.metrics.replicas(version.number, pool.group, len(pool.usable))
+        self.metrics.connections(self.connections)

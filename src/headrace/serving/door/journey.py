@@ -1,0 +1,159 @@
+"""A request on its way through the groups of a version: what it asks, when it must end, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from headrace.serving.wire import Content, Done, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headrace.serving.watch.traces import Span
+
+EXPIRED = Failure(504, "deadline_exceeded", "the request's deadline passed before there was an answer")
+GONE = Failure(499, "client_closed", "the client closed the connection before there was an answer")
+MOVED = Failure(503, "unavailable", "the version that was to answer is no longer served")
+
+_order = itertools.count()
+
+
+class Place(Protocol):
+    """Where a group computes: the pool of its replicas."""
+
+    @property
+    def group(self) -> str:
+        """The group's name."""
+
+    def submit(self, hop: Hop) -> None:
+        """Take a request. Its outcome comes to the hop."""
+
+
+class Carrier(Protocol):
+    """What a request is under way on: the connection to a replica."""
+
+    def cancel(self, hop: Hop) -> None:
+        """Nobody waits for this request any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """What one group did with a request: its figures, by which replica, and at which attempt."""
+
+    group: str
+    done: Done
+    replica: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a version answered: the last group's body, and what each group did for it."""
+
+    body: memoryview
+    legs: tuple[Leg, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows were computed."""
+        return self.legs[-1].done.rows
+
+
+@dataclass(slots=True, eq=False)
+class Journey:
+    """A request on its way.
+
+    `deadline` is a time of the loop. One that is `patient` waits while all replicas are busy instead of being shed;
+    one that is a `shadow` neither waits nor is tried twice.
+    """
+
+    deadline: float
+    priority: int = 1
+    trace: str | None = None
+    span: Span | None = None
+    request_id: str = ""
+    patient: bool = False
+    shadow: bool = False
+    stopped: Failure | None = None
+    hop: Hop | None = None
+    retries: int = 0
+
+    def stop(self, failure: Failure) -> None:
+        """End the journey now, wherever it is: nobody waits for it any more."""
+        if self.stopped is None:
+            self.stopped = failure
+            if self.hop is not None:
+                self.hop.withdraw(failure)
+
+    async def through(self, pools: Sequence[Place], body: bytes | memoryview, *, content: Content, accept: Content) -> Answer | Failure:
+        """Go through the groups one after the other, with Arrow between them; returns when the deadline is over at the latest."""
+        last = len(pools) - 1
+        legs: list[Leg] = []
+        span = self.span
+        timer = asyncio.get_running_loop().call_at(self.deadline, self.stop, EXPIRED)
+        try:
+            for at, pool in enumerate(pools):
+                if self.stopped is not None:
+                    return self.stopped
+                if at:
+                    self.patient = True  # work was done for it, which is not thrown away
+                hop = self.hop = Hop(self, body, content, accept if at == last else Content.ARROW)
+                sent_s = span.offset_s() if span is not None else 0.0
+                pool.submit(hop)
+                outcome = await hop.future
+                self.hop = None
+                if isinstance(outcome, Failure):
+                    if span is not None:
+                        span.group(pool.group, sent_s, None, attempt=hop.attempts, replica=hop.replica, error=outcome.code)
+                    return outcome
+                done, body = outcome
+                legs.append(Leg(pool.group, done, hop.replica, hop.attempts))
+                if span is not None:
+                    span.group(pool.group, sent_s, done, attempt=hop.attempts, replica=hop.replica)
+                content = Content.ARROW
+        finally:
+            timer.cancel()
+            if self.hop is not None:  # the task was cancelled
+                self.hop.withdraw(GONE)
+        return Answer(memoryview(body), tuple(legs))
+
+
+@dataclass(slots=True, eq=False)
+class Hop:
+    """A request at one group, from when it is to be computed there until it is known what came of it.
+
+    `deaths` counts the replicas that died with it on board, not counting those that had not begun on it though it was sent `alone`;
+    `hangs` those that stopped answering meanwhile.
+    """
+
+    journey: Journey
+    body: bytes | memoryview
+    content: Content
+    accept: Content
+    link: Carrier | None = None
+    number: int = 0
+    replica: str = ""
+    alone: bool = False
+    started: bool = False
+    attempts: int = 0
+    refusals: int = 0
+    deaths: int = 0
+    hangs: int = 0
+    order: int = field(default_factory=_order.__next__)
+    future: asyncio.Future[tuple[Done, memoryview] | Failure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def settle(self, outcome: tuple[Done, memoryview] | Failure) -> None:
+        """Say what came of it. What is said later is not heard."""
+        self.link = None
+        if not self.future.done():
+            self.future.set_result(outcome)
+
+    def withdraw(self, failure: Failure) -> None:
+        """Settle it with `failure`, and tell the replica that computes it, if any, to stop."""
+        link = self.link
+        if link is not None:
+            link.cancel(self)
+        self.settle(failure)

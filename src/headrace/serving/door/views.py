@@ -1,0 +1,108 @@
+"""What a door shows beside rows: its health, its contract and documentation, metrics and status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from headrace.serving.door import heads
+from headrace.serving.wire import Failure
+
+if TYPE_CHECKING:
+    from headrace.serving.door.fleet import Fleet
+    from headrace.serving.watch.metrics import DoorMetrics
+
+Page = tuple[int, bytes, bytes]  # status, body, content type
+
+OPEN = frozenset(("/healthz", "/readyz"))
+"""Pages that need no key."""
+
+NO_VERSION = Failure(503, "unavailable", "no version of the service is known yet")
+_TEXT, _HTML = b"text/plain; charset=utf-8", b"text/html; charset=utf-8"
+
+
+class Desk(Protocol):
+    """The door, as far as its pages need it."""
+
+    fleet: Fleet
+    metrics: DoorMetrics
+    peers: list[str]
+    leaving: bool
+    closing: bool
+
+    @property
+    def keys(self) -> Mapping[str, str] | None:
+        """The hashes of valid keys, or None while none are asked for."""
+
+    def status(self) -> dict[str, Any]:
+        """What `/status` answers."""
+
+
+class Views:
+    """The pages of a door. Those made from the contract are kept until the routes change."""
+
+    def __init__(self, door: Desk) -> None:
+        self._door = door
+        self._made: dict[str, Page] = {}
+        self._revision: tuple[int, bool] | None = None
+        self._pages: dict[str, Callable[[], Page | Failure]] = {
+            "/healthz": lambda: (200, b"ok\n", _TEXT),
+            "/readyz": self._ready,
+            "/metrics": self._metrics,
+            "/status": lambda: _json(200, self._door.status()),
+        }
+
+    def knows(self, path: str) -> bool:
+        """Whether there is such a page."""
+        return path in self._pages or path in ("/openapi.json", "/docs") or (path.endswith("/schema") and path[:-7] in self._door.fleet.mixes)
+
+    def page(self, path: str) -> Page | Failure:
+        """The page under this path, which is known."""
+        if path in self._pages:
+            return self._pages[path]()
+        routes = self._door.fleet.routes
+        version = self._door.fleet.first()
+        if routes is None or version is None:
+            return NO_VERSION
+        revision = (routes.revision, routes.keys is not None)
+        if revision != self._revision:
+            self._revision = revision
+            self._made.clear()
+        if path not in self._made:
+            self._made[path] = self._make(path)
+        return self._made[path]
+
+    def _make(self, path: str) -> Page:
+        from headrace.serving.bodies import docs, openapi  # not needed until somebody asks
+
+        fleet = self._door.fleet
+        if path.endswith("/schema"):
+            mix = fleet.mixes[path[:-7]]
+            version = max(mix.versions.values(), key=lambda version: (version.route.weight, version.number))
+            return _json(200, openapi.schema(version.route.contract))
+        first = fleet.first()
+        assert first is not None
+        document = openapi.document(first.route.contract, fleet.limits, keys=self._door.keys is not None)
+        if path == "/docs":
+            return 200, docs.page(document).encode(), _HTML
+        return _json(200, document)
+
+    def _ready(self) -> Page:
+        fleet = self._door.fleet
+        if self._door.leaving or self._door.closing:
+            return 503, b"this door closes\n", _TEXT
+        serving = [version for version in fleet.versions.values() if version.route.weight > 0]
+        if not serving:
+            return 503, b"no version answers requests\n", _TEXT
+        lines = [f"version {number}: no replica of {', '.join(groups)}" for number, groups in fleet.unready().items()]
+        return (503, ("\n".join(lines) + "\n").encode(), _TEXT) if lines else (200, b"ready\n", _TEXT)
+
+    def _metrics(self) -> Page:
+        from headrace.serving.watch.exposition import CONTENT_TYPE
+
+        return 200, self._door.metrics.text(self._door.peers), CONTENT_TYPE.encode()
+
+
+def _json(status: int, value: Any) -> Page:
+    return status, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), heads.JSON_TYPE

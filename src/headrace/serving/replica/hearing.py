@@ -1,0 +1,177 @@
+"""The replica's end of a connection to a front door."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import dataclasses
+import fcntl
+import socket
+import termios
+import threading
+import time
+from typing import Protocol, cast
+
+from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Stats, encode
+
+_HIGH_BYTES = 4 << 20  # of answers that a door has not taken: from there on nothing more is read from it
+_DEAF_S = 30.0  # a door that takes no answers for so long is cut off
+_TOLD_S = 2.0  # a door that does not take even this for so long is cut off, too
+
+_REFUSED = (ValueError, TypeError)  # what a frame that makes no sense raises
+
+
+class Owner(Protocol):
+    """The replica."""
+
+    def take(self, job: Job, body: memoryview, content: Content) -> None:
+        """A request came. It ends with `Connection.answer`."""
+
+    def taken(self) -> None:
+        """All requests that came at once were given to `take`."""
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """Nobody waits for these any more."""
+
+    def stats(self) -> Stats:
+        """What it is doing."""
+
+    def opened(self, connection: Connection) -> None:
+        """A door has connected."""
+
+    def closed(self, connection: Connection) -> None:
+        """The connection is gone."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection to a door, and the requests that came over it; lives on the replica's loop.
+
+    A door that sends what is no frame is cut off. What is sent within one step is written at once.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self.jobs: dict[int, Job] = {}
+        self.open = False
+        self._owner = owner
+        self._decoder = Decoder()
+        self._out: list[bytes | memoryview] = []
+        self._pinged = False
+        self._deaf: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio has it."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self.transport.set_write_buffer_limits(high=_HIGH_BYTES)
+        self.open = True
+        self._owner.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio has it."""
+        self.open = False
+        if self._deaf is not None:
+            self._deaf.cancel()
+        jobs = list(self.jobs.values())
+        self.jobs.clear()
+        self._owner.cancel(jobs)
+        self._owner.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio has it."""
+        try:
+            for frame in self._decoder.feed(data):
+                self._hear(frame)
+        except _REFUSED:
+            self.transport.abort()
+        self._owner.taken()
+        if self._pinged:
+            self._pinged = False
+            self.pong()
+        self.flush()
+
+    def pause_writing(self) -> None:
+        """As asyncio has it."""
+        self.transport.pause_reading()
+        self._deaf = asyncio.get_running_loop().call_later(_DEAF_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """As asyncio has it."""
+        if self._deaf is not None:
+            self._deaf.cancel()
+            self._deaf = None
+        if self.open:
+            self.transport.resume_reading()
+
+    def send(self, kind: Kind, number: int, head: object, body: bytes | memoryview = b"") -> None:
+        """Send a frame with the next `flush`."""
+        self._out += encode(kind, number, head, body)
+
+    def flush(self) -> None:
+        """Write what was sent."""
+        if self._out:
+            out, self._out = self._out, []
+            if self.open:
+                self.transport.writelines(out)
+
+    def pong(self) -> None:
+        """Tell what the replica is doing."""
+        stats = self._owner.stats()
+        self.send(Kind.PONG, 0, {name: getattr(stats, name) for name in Stats.__dataclass_fields__})
+
+    def answer(self, job: Job, answer: Answer) -> bool:
+        """Send what became of a request; false if nobody waits for it any more."""
+        if self.jobs.get(job.number) is not job:
+            return False
+        del self.jobs[job.number]
+        if isinstance(answer, Failure):
+            self.send(Kind.FAIL, job.number, dataclasses.astuple(answer))
+        elif isinstance(answer, Busy):
+            self.send(Kind.BUSY, job.number, (answer.retry_after_s,))
+        else:
+            self.send(Kind.DONE, job.number, (job.rows, job.queue_s, job.wait_s, job.compute_s, job.batch_rows), answer)
+        return True
+
+    def start(self, job: Job, told: threading.Event, until_s: float | None = None) -> None:
+        """Say that a computation begins, and set the event as soon as the door's machine has it, whatever becomes of this process."""
+        now_s = time.perf_counter()
+        if until_s is None:
+            until_s = now_s + _TOLD_S
+            self.send(Kind.STARTED, job.number, ())
+            self.flush()
+        if self.open and now_s > until_s:
+            self.transport.abort()
+        if not self.open or now_s > until_s or self._all_arrived():
+            told.set()
+        else:
+            asyncio.get_running_loop().call_later(0.001, self.start, job, told, until_s)
+
+    def written(self) -> bool:
+        """Whether all that was sent is with the system."""
+        return not self.open or not self.transport.get_write_buffer_size()
+
+    def _all_arrived(self) -> bool:
+        if self.transport.get_write_buffer_size():
+            return False
+        pending = array.array("i", [0])
+        with_system: socket.socket = self.transport.get_extra_info("socket")
+        fcntl.ioctl(with_system.fileno(), termios.TIOCOUTQ, pending)  # bytes that the other side has not acknowledged
+        return not pending[0]
+
+    def _hear(self, frame: Frame) -> None:
+        if frame.kind is Kind.WORK:
+            content, accept, left_s, priority, alone, _, _ = frame.head
+            if frame.number in self.jobs:
+                raise ValueError(f"two requests of the number {frame.number}")
+            now_s = time.perf_counter()
+            job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
+            if left_s is not None:
+                job.deadline_s = now_s + float(left_s)
+            self.jobs[frame.number] = job
+            self._owner.take(job, frame.body, Content(content))
+        elif frame.kind is Kind.CANCEL:
+            if frame.number in self.jobs:
+                self._owner.cancel([self.jobs.pop(frame.number)])
+        elif frame.kind is Kind.PING:
+            self._pinged = True
+        else:
+            raise ValueError(f"a door does not send {frame.kind.name}")

@@ -1,0 +1,333 @@
+"""The server of a replica: takes frames from front doors, has its stations compute them, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.arrays import table
+from headrace.columns import ColumnType
+from headrace.errors import StageError
+from headrace.serving.bodies.codec import Codec, Incoming, Refused, sample
+from headrace.serving.replica.floor import Floor
+from headrace.serving.replica.hearing import Connection
+from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.replica.station import Stations
+from headrace.serving.routes import Limits
+from headrace.serving.wire import Content, Failure, Kind, Stats
+from headrace.stage import Stage
+
+UNREADABLE = Failure(500, "internal", "the body could not be read, which is a mistake in the service; its log says why")
+_LIMITS = Limits()
+_LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
+_PONG_S = 1.0
+_RETRY_S = 0.05  # for requests that come while draining
+_SWITCH_S = 0.0005
+_WARM_S = 600.0
+_IDLE_S = 0.005
+_OURS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, pa.ArrowException)  # what a mistake in parsing may raise
+
+
+class ReplicaServer:
+    """Stages that answer requests over sockets. Making one sets the stages up; `start` opens the port.
+
+    `reads` are the columns of requests, `carries` those of answers. Functions run in `threads` threads, a model in one.
+
+    Raises:
+        StageError: a stage cannot be set up.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        reads: Mapping[str, ColumnType],
+        carries: Mapping[str, ColumnType],
+        group: str = "",
+        device: str = "cpu",
+        limits: Limits = _LIMITS,
+        threads: int = 1,
+    ) -> None:
+        self._reads, self._carries = dict(reads), dict(carries)
+        self._codec = Codec(reads, carries, rows=limits.rows)
+        self._floor = Floor(stages, writes=carries, limits=limits, threads=threads)
+        self._answers: deque[list[tuple[Job, Answer]]] = deque()
+        self._called = False  # the loop, to send the answers
+        self._warm: SimpleQueue[tuple[Job, Answer]] = SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._parser: ThreadPoolExecutor | None = None
+        self._connections: set[Connection] = set()
+        self._new: list[Job] = []
+        self._touched: set[Connection] = set()  # with something to write
+        self._draining = False
+        self._turns_s = sys.getswitchinterval()
+        self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
+
+    def warm_up(self, row: Mapping[str, Any] | None = None) -> None:
+        """Take a row, a made-up one if None, through all stations, from the form of a request to that of an answer.
+
+        Raises:
+            StageError: a stage raised on it, or it lacks a column, or there was no answer within ten minutes.
+        """
+        try:
+            data = table([sample(self._reads) if row is None else row], self._reads)
+            body = Codec(self._reads, self._reads, rows=1).encode(data, [(0, 1, True, Content.JSON)])[0]
+            incoming = self._codec.decode(body, Content.JSON)
+        except ValueError as error:
+            raise StageError(f"the row to warm up with is of no use: {error}") from error
+        except Refused as refused:
+            raise StageError(f"the row to warm up with is of no use: {refused}; {refused.failure.details}") from refused
+        began_s = time.perf_counter()
+        self._warm_up(incoming, len(body))
+        self._floor.forget(pace=True)  # how long a first call takes says nothing about further ones
+        if time.perf_counter() - began_s < 1:
+            self._warm_up(incoming, len(body))
+            self._floor.forget(pace=False)
+
+    def start(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Listen, in a thread of its own; returns the address.
+
+        The interpreter then lets threads take turns more often: a stage in pure Python may keep the loop waiting for 0.5 ms each time, not 5.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        ready: Future[tuple[str, int]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(host, port, ready), name="headrace-loop", daemon=True)
+        self._thread.start()
+        address = ready.result()
+        self._turns_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        return address
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread of the sockets runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def stats(self) -> Stats:
+        """What the replica is doing. May be called from any thread."""
+        floor = self._floor
+        in_flight = sum(len(connection.jobs) for connection in list(self._connections))
+        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), floor.rows, floor.calls, floor.filled, _memory_bytes(), self._draining)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing more, tell the doors, and finish what was taken; false if that took too long. May be called from any thread."""
+        if self._loop is None:
+            self._draining = True
+            return True
+        idle = threading.Event()
+        self._loop.call_soon_threadsafe(self._drain, idle)
+        return idle.wait(timeout_s)
+
+    def close(self) -> None:
+        """Close the port and the connections, and end the threads. What is under way is lost: `drain` first."""
+        if self._loop is not None and self._thread is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(5)
+            sys.setswitchinterval(self._turns_s)
+        self._stations.close()
+        if self._parser is not None:
+            self._parser.shutdown(wait=False)
+
+    # For the stations, in their threads
+
+    def deliver(self, answers: list[tuple[Job, Answer]]) -> None:
+        """Send answers. The loop is told once for all that become ready before it gets to it."""
+        if self._loop is None:
+            for pair in answers:
+                self._warm.put(pair)
+            return
+        self._answers.append(answers)
+        if not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._send)
+
+    def announce(self, job: Job) -> bool:
+        """Tell the door that the computation begins; returns when the door's machine has that."""
+        if self._loop is None:
+            return True
+        told = threading.Event()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(job.owner.start, job, told)
+            told.wait(5)
+        return bool(job.owner.open) and told.is_set()
+
+    # For the connections, on the loop
+
+    def take(self, job: Job, body: memoryview, content: Content) -> None:
+        """A request came."""
+        # One whose replica died is not sent away: it was accepted long ago, and those are few.
+        full_s = None if job.alone else self._floor.full_s()
+        if self._draining or (full_s is not None and job.priority == LEAST_PRIORITY):
+            self._answer(job, Busy(full_s or _RETRY_S))
+        elif len(body) < _LARGE_BYTES:
+            self._let_in(job, self._parse(body, content), full_s)
+        else:
+            if self._parser is None:
+                self._parser = ThreadPoolExecutor(1, thread_name_prefix="headrace-parser")
+            self._parser.submit(self._parse_aside, job, body, content, full_s)
+
+    def taken(self) -> None:
+        """All that came at once was given to `take`."""
+        if self._new:
+            new, self._new = self._new, []
+            self._floor.put(new)
+        for connection in self._touched:
+            connection.flush()
+        self._touched.clear()
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """Nobody waits for these any more."""
+        self._floor.cancel(jobs)
+
+    def opened(self, connection: Connection) -> None:
+        """A door has connected."""
+        self._connections.add(connection)
+        if self._draining:
+            connection.send(Kind.DRAIN, 0, ())
+            connection.flush()
+
+    def closed(self, connection: Connection) -> None:
+        """A door is gone."""
+        self._connections.discard(connection)
+
+    # Inside
+
+    def _warm_up(self, incoming: Incoming, size: int) -> None:
+        job = Job(None, 0, size, incoming=incoming, rows=1, single=True, group=incoming.group, arrived_s=time.perf_counter())
+        self._floor.put([job])
+        try:
+            _, answer = self._warm.get(timeout=_WARM_S)
+        except Empty:
+            raise StageError(f"no answer to the row to warm up with after {_WARM_S:.0f} s") from None
+        if isinstance(answer, Failure):
+            fault = next(iter(job.faults.values()), None)
+            raise StageError(answer.message, fault.stage if fault else "", fault.frames if fault else "")
+
+    def _parse(self, body: memoryview, content: Content) -> Incoming | Failure:
+        try:
+            return self._codec.decode(body, content)
+        except Refused as refused:
+            return refused.failure
+        except _OURS:
+            traceback.print_exc()
+            return UNREADABLE
+
+    def _parse_aside(self, job: Job, body: memoryview, content: Content, full_s: float | None) -> None:
+        incoming = self._parse(body, content)
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._parsed_aside, job, incoming, full_s)
+
+    def _parsed_aside(self, job: Job, incoming: Incoming | Failure, full_s: float | None) -> None:
+        self._let_in(job, incoming, full_s)
+        self.taken()
+
+    def _let_in(self, job: Job, incoming: Incoming | Failure, full_s: float | None) -> None:
+        if job.closed:  # while it was parsed
+            return
+        if isinstance(incoming, Failure):
+            self._answer(job, incoming)
+            return
+        job.incoming, job.rows, job.single, job.group = incoming, incoming.rows, incoming.single, incoming.group
+        if not job.rows:
+            self._answer(job, self._nothing(incoming, job.accept))
+        elif full_s is None:
+            self._new.append(job)
+        elif (instead := self._floor.put_instead(job)) is None:
+            self._answer(job, Busy(full_s))
+        else:
+            for other in instead:
+                self._answer(other, Busy(full_s))
+
+    def _nothing(self, incoming: Incoming, accept: Content) -> bytes | memoryview:
+        """The answer to a request without rows."""
+        read = self._codec.table([incoming])
+        same = {name for name in read.column_names if name in self._carries and self._carries[name].kind == "any"}
+        out = {name: read[name] if name in same else pa.array([], column.arrow) for name, column in self._carries.items()}
+        return self._codec.encode(pa.table(out), [(0, 0, False, accept)])[0]
+
+    def _answer(self, job: Job, answer: Answer) -> None:
+        if job.owner is None:
+            self._warm.put((job, answer))
+        elif job.owner.answer(job, answer):
+            self._touched.add(job.owner)
+
+    def _send(self) -> None:
+        self._called = False
+        while self._answers:
+            for job, answer in self._answers.popleft():
+                self._answer(job, answer)
+        self.taken()
+
+    def _drain(self, idle: threading.Event) -> None:
+        if not self._draining:
+            self._draining = True
+            for connection in self._connections:
+                connection.send(Kind.DRAIN, 0, ())
+                connection.flush()
+        if any(connection.jobs or not connection.written() for connection in self._connections):
+            asyncio.get_running_loop().call_later(_IDLE_S, self._drain, idle)
+        else:
+            idle.set()
+
+    def _run(self, host: str, port: int, ready: Future[tuple[str, int]]) -> None:
+        try:
+            import uvloop
+        except ImportError:
+            make = asyncio.new_event_loop
+        else:
+            make = uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=make) as runner:
+            runner.run(self._listen(host, port, ready))
+
+    async def _listen(self, host: str, port: int, ready: Future[tuple[str, int]]) -> None:
+        loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            server = await loop.create_server(lambda: Connection(self), host, port, backlog=1024)
+        except OSError as error:
+            ready.set_exception(error)
+            return
+        self._loop = loop
+        ready.set_result(server.sockets[0].getsockname()[:2])
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), _PONG_S)
+            for connection in self._connections:
+                connection.pong()
+                connection.flush()
+        server.close()
+        for connection in list(self._connections):
+            connection.transport.close()
+        for _ in range(100):  # what is written already may still arrive
+            if not self._connections:
+                break
+            await asyncio.sleep(0.002)
+        for connection in list(self._connections):
+            connection.transport.abort()
+
+
+def _memory_bytes() -> int:
+    """What the process has in memory."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
