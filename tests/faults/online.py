@@ -199,7 +199,21 @@ class Headrace(Service):
         """The command, in a folder with the pipeline."""
         (self.folder / "work.py").write_text(PIPELINE)
         where = ["--address", self.address] if self.address else []
-        return [sys.executable, "-m", "headrace", "serve", "work.py", "--port", str(self.port), "--replicas", str(self.replicas), *where, *self.more]
+        return [
+            sys.executable,
+            "-m",
+            "headrace",
+            "serve",
+            "work.py",
+            "--name",
+            self.name,
+            "--port",
+            str(self.port),
+            "--replicas",
+            str(self.replicas),
+            *where,
+            *self.more,
+        ]
 
     def update(self, factor: float, *more: str, timeout_s: float = 240) -> tuple[bool, str]:
         """The same command again, with another setting."""
@@ -381,7 +395,7 @@ def poison(service: Service, *, seconds: float = 20) -> dict[str, Any]:
 def overload(service: Service, *, seconds: float = 10, pause_s: float = 0.1) -> dict[str, Any]:
     """Capacity in a closed loop, then five times as much in an open one."""
     some = rows(pause_s)
-    capacity = load.run(load.closed(service.url, some, connections=8 * service.replicas, seconds=seconds, check=doubled(some)))
+    capacity = load.run(load.closed(service.url, some, connections=16 * service.replicas, seconds=seconds, check=doubled(some)))
     flood = load.run(load.steady(service.url, some, per_s=5 * capacity.per_s, seconds=seconds, check=doubled(some)))
     return {
         "capacity_per_s": round(capacity.per_s, 1),

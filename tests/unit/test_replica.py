@@ -219,7 +219,7 @@ def test_a_full_replica_says_busy_and_when_it_may_not_be():
         answers = await peer.answers(4)
         return answer, worst, answers[suspect]
 
-    with serving(gate.pipeline, limits=Limits(latency_s=1.5)) as server:
+    with serving(gate.pipeline, limits=Limits(latency_s=2.5)) as server:
         answer, worst, suspect = visit(server, scenario)
     assert answer[0] is Kind.BUSY
     assert 1 < answer[1][0] < 4
@@ -244,7 +244,7 @@ def test_a_better_request_takes_the_place_of_the_newest_of_a_worse_class():
         answers = await one.answers(3)
         return out[new], much, answers[old], answers[good]
 
-    with serving(gate.pipeline, limits=Limits(latency_s=1.5)) as server:
+    with serving(gate.pipeline, limits=Limits(latency_s=2.5)) as server:
         out, much, old, good = visit(server, scenario, peers=2)
     assert out[0] is Kind.BUSY
     assert (old, good) == ({"y": 2}, {"y": 6})

@@ -350,35 +350,94 @@ def test_a_replica_that_never_answered_gets_no_work():
     run(test)
 
 
-def test_a_call_that_takes_far_longer_than_any_before_ejects_its_replica_once():
+async def hear(door, replica: FakeReplica, oldest_call_s: float) -> None:
+    """Let the door hear how long the replica has been at a call, and look after its replicas."""
+    link = door.fleet.versions[1].pools[0].links[replica.endpoint]
+    replica.stats = dataclasses.replace(IDLE, in_flight=1, oldest_call_s=oldest_call_s)
+    await until(lambda: (replica.connections[0].pong(), link.stats.oldest_call_s == oldest_call_s)[1])
+    await tick(door)
+
+
+@pytest.mark.parametrize("first", ["the other", "itself", "the other, which refuses"])
+def test_of_a_call_that_takes_far_too_long_another_replica_is_asked_as_well(first: str):
+    """Whoever is done first tells whether it was the replica."""
+
     async def test():
-        stuck, second = FakeReplica("stuck", lambda call: call.done(times=(0, 0, 0.1))), FakeReplica("second", hang)
-        async with service(stuck) as door:
+        slow, second = FakeReplica("slow", lambda call: call.done(times=(0, 0, 0.1))), FakeReplica("second", hang)
+        async with service(slow) as door:
             await ask(door)  # a call takes 0.1 s here
+            slow.behave = hang
+            asked, beside = begin(door), begin(door)
+            await slow.got(3)
+            await second.open()
+            door.update(routes(version(1, [slow, second]), revision=2))
+            await until(lambda: len(door.fleet.versions[1].pools[0].usable) == 2)
+            await hear(door, slow, 3.9)
+            assert not second.calls
+            await hear(door, slow, 4.1)
+            calls = [await second.got(1), await second.got(2)]
+            assert not any(call.work.alone for call in calls)
+            assert [link.endpoint.replica for link in door.fleet.versions[1].pools[0].usable] == ["second"]
+            assert door.report().hung == ()
+            if first == "itself":
+                for call in slow.calls[1:]:
+                    call.done()
+                await hear(door, slow, 0.0)
+                assert door.report().hung == () and len(door.fleet.versions[1].pools[0].usable) == 2
+                await until(lambda: len(second.cancelled) == 2)
+            elif first == "the other":
+                calls[0].done()
+                await until(lambda: door.report().hung == ("slow",))
+                calls[1].done()
+            else:
+                for call in calls:
+                    call.fail(500, "stage_failed", "as it was told")
+                await tick(door)
+                assert door.report().hung == ()
+                for call in slow.calls[1:]:
+                    call.done()
+            assert [(await each).status for each in (asked, beside)] == [200, 200]
+
+    run(test)
+
+
+def test_a_request_is_not_lost_when_both_replicas_that_are_at_it_go():
+    async def test():
+        slow, second, third = FakeReplica("slow", lambda call: call.done(times=(0, 0, 0.1))), FakeReplica("second", hang), FakeReplica("third")
+        async with service(slow) as door:
+            await ask(door)
+            slow.behave = hang
+            asked = begin(door)
+            await slow.got(2)
+            await second.open()
+            door.update(routes(version(1, [slow, second]), revision=2))
+            await until(lambda: len(door.fleet.versions[1].pools[0].usable) == 2)
+            await hear(door, slow, 4.1)
+            await second.got(1)
+            slow.die()
+            await until(lambda: len(door.fleet.versions[1].pools[0].links[slow.endpoint].hops) == 0)
+            second.die()
+            await third.open()
+            door.update(routes(version(1, [third]), revision=3))
+            assert (await asked).status == 200
+
+    run(test)
+
+
+def test_a_replica_of_which_nobody_can_tell_is_given_up_after_half_a_minute():
+    async def test():
+        stuck = FakeReplica("stuck", lambda call: call.done(times=(0, 0, 0.1)))
+        async with service(stuck) as door:
+            await ask(door)
             stuck.behave = hang
             asked = begin(door)
             await stuck.got(2)
-            await second.open()
-            door.update(routes(version(1, [stuck, second]), revision=2))
-            await until(lambda: len(door.fleet.versions[1].pools[0].usable) == 2)
-            stuck.stats = dataclasses.replace(IDLE, in_flight=1, oldest_call_s=3.9)
-            await until(lambda: (stuck.connections[0].pong(), door.fleet.versions[1].pools[0].links[stuck.endpoint].stats.oldest_call_s == 3.9)[1])
-            await tick(door)
+            await hear(door, stuck, 29.0)
             assert door.report().hung == ()
-            stuck.stats = dataclasses.replace(IDLE, in_flight=1, oldest_call_s=4.1)
-            await until(lambda: (stuck.connections[0].pong(), door.fleet.versions[1].pools[0].links[stuck.endpoint].stats.oldest_call_s == 4.1)[1])
-            await tick(door)
+            await hear(door, stuck, 31.0)
             assert door.report().hung == ("stuck",)
-            call = await second.got(1)
-            assert call.work.alone
-            call.started()
-            second.stats = dataclasses.replace(IDLE, in_flight=1, oldest_call_s=100.0)
-            link = door.fleet.versions[1].pools[0].links[second.endpoint]
-            await until(lambda: (second.connections[0].pong(), link.stats.oldest_call_s == 100.0)[1])
-            assert next(iter(link.hops.values())).started
-            await tick(door)
-            assert door.report().hung == ("stuck",)  # it is the request that is slow
-            call.done()
+            healthy = await FakeReplica("healthy", Call.done).open()
+            door.update(routes(version(1, [healthy]), revision=2))
             assert (await asked).status == 200
 
     run(test)

@@ -126,7 +126,8 @@ class Hop:
     """A request at one group, from when it is to be computed there until it is known what came of it.
 
     `deaths` counts the replicas that died with it on board, not counting those that had not begun on it though it was sent `alone`;
-    `hangs` those that stopped answering meanwhile.
+    `hangs` those that were given up meanwhile. `twin` is the same request at another replica, sent while this one took far too long; of the
+    two, one may be `dropped`.
     """
 
     journey: Journey
@@ -142,8 +143,15 @@ class Hop:
     refusals: int = 0
     deaths: int = 0
     hangs: int = 0
+    twin: Hop | None = None
+    dropped: bool = False
     order: int = field(default_factory=_order.__next__)
     future: asyncio.Future[tuple[Done, memoryview] | Failure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def drop(self) -> bool:
+        """Leave it to its twin, if there is one that is still at it; whether there is."""
+        self.dropped = self.twin is not None and not self.twin.dropped and not self.twin.future.done()
+        return self.dropped
 
     def settle(self, outcome: tuple[Done, memoryview] | Failure) -> None:
         """Say what came of it. What is said later is not heard."""
@@ -151,9 +159,9 @@ class Hop:
         if not self.future.done():
             self.future.set_result(outcome)
 
-    def withdraw(self, failure: Failure) -> None:
-        """Settle it with `failure`, and tell the replica that computes it, if any, to stop."""
+    def withdraw(self, outcome: tuple[Done, memoryview] | Failure) -> None:
+        """Settle it otherwise, and tell the replica that computes it, if any, to stop."""
         link = self.link
         if link is not None:
             link.cancel(self)
-        self.settle(failure)
+        self.settle(outcome)

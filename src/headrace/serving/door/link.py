@@ -40,12 +40,13 @@ class Link(asyncio.Protocol):
     """The connection to one replica. It is made again when it is lost, until `retire` is called.
 
     What is sent within one turn of the loop is written at once. `elsewhere` is how many requests of other doors the replica had
-    when it was last heard of, `unanswered` how many PINGs went out since; `local` says whether it is on this machine.
+    when it was last heard of, `unanswered` how many PINGs went out since; `local` says whether it is on this machine. A `slow` replica is
+    at a call that takes far too long; one that is `hung` is given up.
     """
 
     __slots__ = (
         "_busy_hops", "_closed", "_decoder", "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
-        "endpoint", "hops", "hung", "local", "ready", "retired", "stats", "unanswered",
+        "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, owner: Owner) -> None:
@@ -55,7 +56,7 @@ class Link(asyncio.Protocol):
         self.busy_until = [0.0] * CLASSES
         self.elsewhere = 0
         self.unanswered = 0
-        self.ready = self.draining = self.hung = self.retired = self.clogged = self.local = False
+        self.ready = self.draining = self.slow = self.hung = self.retired = self.clogged = self.local = False
         self._busy_hops = 0
         self._next = 1
         self._out: list[bytes | memoryview] = []
@@ -69,7 +70,7 @@ class Link(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether requests may be sent to it."""
-        return self.ready and not (self.draining or self.hung or self.retired)
+        return self.ready and not (self.draining or self.slow or self.hung or self.retired)
 
     def load(self) -> int:
         """How many requests the replica has, as far as this door knows."""
@@ -145,7 +146,7 @@ class Link(asyncio.Protocol):
         """Hand everything that was under way back to the owner."""
         self._transport = None
         self._out = []
-        self.ready = self.draining = self.hung = self.clogged = False
+        self.ready = self.draining = self.slow = self.hung = self.clogged = False
         self.busy_until = [0.0] * CLASSES
         self.elsewhere = self.unanswered = 0
         hops = list(self.hops.values())

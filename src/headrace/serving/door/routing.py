@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from headrace.serving.door.journey import Hop
+from headrace.serving.door.journey import GONE, Hop
 from headrace.serving.door.link import LEAST_BUSY_S, MOST_BUSY_S, Link
 from headrace.serving.door.retries import UNSAID_DEATHS, Retries
 from headrace.serving.routes import Endpoint
@@ -19,7 +19,7 @@ PROBE_S = 0.010  # while all replicas are busy, one request goes to them this of
 MOST_REFUSALS = 4  # of one request in a row
 MOST_UNANSWERED = 6  # PINGs
 LEAST_HUNG_S = 4.0
-UNKNOWN_HUNG_S = 30.0  # before any call of the group was seen to end
+LONGEST_HUNG_S = 30.0  # where nothing shows that it is the replica, or how long calls take
 HUNG_FACTOR = 8
 MEMORY_S = 300.0  # of how long calls take
 
@@ -133,23 +133,29 @@ class Pool:
     def tick(self) -> None:
         """Look after the replicas; called twice a second.
 
-        A replica hangs when it leaves PINGs unanswered, or when a call takes far longer than any did lately. PINGs are counted, not
-        timed: where this process itself was stopped for a while, the replicas are not to blame.
+        A replica hangs when it leaves PINGs unanswered. PINGs are counted, not timed: where this process itself was stopped for a while,
+        the replicas are not to blame. If a call takes far longer than any did lately, it may be the replica or the requests: others are
+        asked as well. When one of them is done first, it was the replica; if nobody can tell, it is given up after `LONGEST_HUNG_S`.
         """
         now = self._loop.time()
         if now >= self._turn_at:
             self._turn_at = now + MEMORY_S
             self._longest_s = [0.0, self._longest_s[0]]
         for link in [*self.links.values(), *self.leaving]:
-            silent = link.unanswered >= MOST_UNANSWERED
-            stuck = not silent and self._stuck(link)
-            if (silent or stuck) and not link.hung:
-                link.hung = True
-                self._settle_usable()
-                self._move(link.take(), silent=silent)
+            silent, stuck = link.unanswered >= MOST_UNANSWERED, self._stuck(link)
+            if not link.hung and (silent or (link.slow and self._stuck(link, LONGEST_HUNG_S))):
+                self._give_up(link, silent=silent)
             elif link.hung and not (silent or stuck):
-                link.hung = False
+                link.hung = link.slow = False
                 self.changed(link)
+            elif link.slow and not stuck:
+                link.slow = False
+                self.changed(link)
+            elif stuck and not link.hung:
+                link.slow = True
+                self._settle_usable()
+                for hop in list(link.hops.values()):
+                    self._double(link, hop)
             if link in self.leaving and not link.hops:
                 link.close()
                 self.leaving.discard(link)
@@ -208,7 +214,7 @@ class Pool:
         """
         others = any(not hop.alone for hop in hops)  # one's answer may have been on its way when another began
         for hop in hops:
-            if hop.future.done():
+            if hop.future.done() or hop.drop():
                 continue
             hop.deaths += hop.started or not hop.alone
             verdict = self._retries.verdict(hop, words if hop.alone and hop.started else None, enough=3 if others else 2)
@@ -218,18 +224,45 @@ class Pool:
             hop.alone = hop.alone or words is not None or hop.deaths >= UNSAID_DEATHS
             self._resend(hop, "death")
 
-    def _move(self, hops: list[Hop], *, silent: bool) -> None:
-        """Send the requests of a replica that hangs elsewhere. One in whose computation a second one hangs is watched like one that kills."""
-        for hop in hops:
+    def _give_up(self, link: Link, *, silent: bool) -> None:
+        """A replica hangs. What it had is sent elsewhere; a request in whose computation a second one hangs is watched like one that kills."""
+        link.hung = True
+        self._settle_usable()
+        for hop in link.take():
             hop.hangs += 1
             if hop.alone and hop.started and silent:
                 hop.deaths += 1
+            if hop.drop():
+                continue
             verdict = self._retries.verdict(hop, None)
             if verdict is not None:
                 hop.settle(verdict)
                 continue
             hop.alone = hop.alone or hop.hangs > 1 or not silent
             self._resend(hop, "hung")
+
+    def _double(self, link: Link, hop: Hop) -> None:
+        """Have another replica compute the request as well; what is done first is the answer."""
+        if hop.twin is not None or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
+            return
+        twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept)
+        twin.twin = hop
+        hop.journey.patient = True
+        hop.journey.retries += 1
+
+        def done(_: object) -> None:
+            outcome = twin.future.result()
+            if hop.future.done() or (isinstance(outcome, Failure) and not hop.dropped):
+                return  # the other one may still make it
+            if hop.link is link and link.slow and not link.hung and not self._excused(link):
+                link.cancel(hop)
+                self._give_up(link, silent=False)
+            hop.replica = twin.replica
+            hop.withdraw(outcome)
+
+        twin.future.add_done_callback(done)
+        hop.future.add_done_callback(lambda _: twin.withdraw(GONE))
+        self.submit(twin)
 
     def _resend(self, hop: Hop, why: str) -> None:
         journey = hop.journey
@@ -242,12 +275,17 @@ class Pool:
         else:
             hop.settle(NO_BUDGET)
 
-    def _stuck(self, link: Link) -> bool:
-        """Whether a call of its takes far too long. A request that was on such a replica before is given its time: it is the request that is slow."""
-        if link.stats is None or any(hop.hangs and hop.started for hop in link.hops.values()):
+    def _stuck(self, link: Link, least_s: float = LEAST_HUNG_S) -> bool:
+        """Whether a call of its takes far too long."""
+        if link.stats is None or (least_s > LEAST_HUNG_S and self._excused(link)):
             return False
         longest_s = max(self._longest_s)
-        return link.stats.oldest_call_s > (max(LEAST_HUNG_S, HUNG_FACTOR * longest_s) if longest_s else UNKNOWN_HUNG_S)
+        return link.stats.oldest_call_s > (max(least_s, HUNG_FACTOR * longest_s) if longest_s else LONGEST_HUNG_S)
+
+    @staticmethod
+    def _excused(link: Link) -> bool:
+        """Whether it is at a request that has made a replica hang before: it is the request that is slow, and is given its time."""
+        return any(hop.hangs and hop.started for hop in link.hops.values())
 
     def _hold(self, hop: Hop) -> None:
         if self._closed is not None:
