@@ -11,9 +11,9 @@ from replicas import IDLE, Call, FakeConnection, FakeReplica, ask, routes, run, 
 
 from headrace.serving import words
 from headrace.serving.door import retries, routing
-from headrace.serving.door.journey import Hop, Journey
+from headrace.serving.door.journey import GONE, Hop, Journey
 from headrace.serving.routes import Limits
-from headrace.serving.wire import Content, Kind
+from headrace.serving.wire import Content, Failure, Kind
 
 
 def hang(call: Call) -> None:
@@ -439,6 +439,29 @@ def test_a_replica_of_which_nobody_can_tell_is_given_up_after_half_a_minute():
             healthy = await FakeReplica("healthy", Call.done).open()
             door.update(routes(version(1, [healthy]), revision=2))
             assert (await asked).status == 200
+
+    run(test)
+
+
+def test_suspects_behind_a_slow_one_are_sent_elsewhere():
+    async def test():
+        slow, second = FakeReplica("slow", lambda call: call.done(times=(0, 0, 0.1))), FakeReplica("second")
+        async with service(slow) as door:
+            await ask(door)
+            slow.behave = hang
+            link = door.fleet.versions[1].pools[0].links[slow.endpoint]
+            first, behind = (Hop(Journey(door.now() + 30), b"1", Content.JSON, Content.JSON, alone=True, hangs=1) for _ in range(2))
+            for hop in (first, behind):
+                link.send(hop)
+            (await slow.got(2)).started()
+            await slow.got(3)
+            await second.open()
+            door.update(routes(version(1, [slow, second]), revision=2))
+            await until(lambda: len(door.fleet.versions[1].pools[0].usable) == 2)
+            await hear(door, slow, 40.0)
+            assert not isinstance(await behind.future, Failure)
+            assert door.report().hung == () and first.link is link  # which is given its time
+            first.withdraw(GONE)
 
     run(test)
 

@@ -142,20 +142,7 @@ class Pool:
             self._turn_at = now + MEMORY_S
             self._longest_s = [0.0, self._longest_s[0]]
         for link in [*self.links.values(), *self.leaving]:
-            silent, stuck = link.unanswered >= MOST_UNANSWERED, self._stuck(link)
-            if not link.hung and (silent or (link.slow and self._stuck(link, LONGEST_HUNG_S))):
-                self._give_up(link, silent=silent)
-            elif link.hung and not (silent or stuck):
-                link.hung = link.slow = False
-                self.changed(link)
-            elif link.slow and not stuck:
-                link.slow = False
-                self.changed(link)
-            elif stuck and not link.hung:
-                link.slow = True
-                self._settle_usable()
-                for hop in list(link.hops.values()):
-                    self._double(link, hop)
+            self._look(link)
             if link in self.leaving and not link.hops:
                 link.close()
                 self.leaving.discard(link)
@@ -223,6 +210,27 @@ class Pool:
                 continue
             hop.alone = hop.alone or words is not None or hop.deaths >= UNSAID_DEATHS
             self._resend(hop, "death")
+
+    def _look(self, link: Link) -> None:
+        """Whether the replica hangs, or no longer does."""
+        silent, stuck = link.unanswered >= MOST_UNANSWERED, self._stuck(link)
+        if not link.hung and (silent or (link.slow and self._stuck(link, LONGEST_HUNG_S))):
+            self._give_up(link, silent=silent)
+        elif link.hung and not (silent or stuck):
+            link.hung = link.slow = False
+            self.changed(link)
+        elif link.slow and not stuck:
+            link.slow = False
+            self.changed(link)
+        elif stuck and not link.hung:
+            link.slow = True
+            self._settle_usable()
+            for hop in list(link.hops.values()):
+                if hop.alone and not hop.started:  # it waits behind the one that takes so long
+                    link.cancel(hop)
+                    self._resend(hop, "slow")
+                else:
+                    self._double(link, hop)
 
     def _give_up(self, link: Link, *, silent: bool) -> None:
         """A replica hangs. What it had is sent elsewhere; a request in whose computation a second one hangs is watched like one that kills."""
