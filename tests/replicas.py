@@ -160,7 +160,10 @@ class FakeConnection:
     def __init__(self, *, whole: bool = True) -> None:
         self.whole = whole
         self.on_lost: Callable[[], None] | None = None
-        self.aborted = False
+        self.aborted = self.paused = False
+
+    async def drained(self) -> None:
+        await asyncio.Event().wait()
 
     def abort(self) -> None:
         self.aborted = True

@@ -396,3 +396,11 @@ def test_a_state_is_text_and_back(how: Any):
 def test_shares_that_cannot_be_are_refused(make: Any):
     with pytest.raises(SettingError):
         make()
+
+
+def test_only_the_version_that_is_meant_is_aborted():
+    state, _ = rollout.deploy(ServiceState(), Version(1, {"m": Scale(1, 1, 8.0)}), how=Rolling(), at_s=0.0)
+    with pytest.raises(ServingError, match="version 7 is not being rolled out"):
+        rollout.abort(state, at_s=1.0, version=7)
+    aborted, told = rollout.abort(state, at_s=1.0, version=1)
+    assert aborted.rollout is None and told

@@ -53,3 +53,14 @@ def test_what_was_shed_is_put_down_to_the_fullest_group():
     tallies.take(report("0", rejected=7, replicas={"a": {"in_flight": 0}, "b": {"in_flight": 8}}), now_s=1.0)
     loads = tallies.loads(members, now_s=1.0)
     assert (loads[1, "embed"].shed, loads[1, "tidy"].shed) == (5, 2)
+
+
+def test_after_a_restart_of_control_what_a_door_had_counted_before_is_not_counted_again():
+    tallies = Tallies(resumed=True)
+    tallies.take(report("0", 100), now_s=0.0)
+    tallies.take(report("0", 110), now_s=1.0)
+    assert tallies.sums(now_s=1.0)[1].answered == 10
+    tallies.take(report("1", 5_000), now_s=2.0)  # late
+    tallies.take(report("1", 5_001), now_s=3.0)
+    assert tallies.sums(now_s=3.0)[1].answered == 11
+    assert tallies.sums(now_s=3.0)[1].latencies[0] == 11

@@ -218,13 +218,14 @@ class Control:
             self._serve = deployments.deployed()
             with self._lock:
                 wanted, retired, doomed = dict(self._steering.wanted), self._steering.retired(), set(self._doomed)
-                known = {version.number for version in self._steering.state.versions}
+                # Only numbers that this service has given out can be strays: others' applications may have such a name, too.
+                strays = set(range(1, self._steering.state.latest + 1)) - {version.number for version in self._steering.state.versions}
             for (number, group), replicas in wanted.items():
                 has = self._serve.get(self._name(number), {}).get(group)
                 if has is not None and has.target != replicas:
                     with contextlib.suppress(LookupError):  # it is not quite there yet, or just ending
                         deployments.scale(self._name(number), group, replicas)
-            self._delete(retired, known)
+            self._delete(retired, strays)
             self._kill(doomed)
         except (deployments.OutOfReach, ray.exceptions.RayError) as error:
             self._trouble(str(error).partition("\n")[0])
@@ -232,7 +233,7 @@ class Control:
         else:
             self._trouble("")
 
-    def _delete(self, retired: tuple[int, ...], known: set[int]) -> None:
+    def _delete(self, retired: tuple[int, ...], strays: set[int]) -> None:
         """End what is retired, and forget it once it is gone."""
         for number in retired:
             if self._name(number) in self._serve:
@@ -241,10 +242,9 @@ class Control:
                 with self._lock:
                     self._steering.forget(number)
                     self._keep(at_once=True)
-        strays = [name for name in self._serve if name.rpartition("-")[0] == self.charge.service and name.rpartition("-")[2].isdigit()]
-        for name in strays:
-            if int(name.rpartition("-")[2]) not in known:
-                deployments.delete(name)
+        for number in strays:
+            if self._name(number) in self._serve:
+                deployments.delete(self._name(number))
 
     def _kill(self, doomed: set[str]) -> None:
         """End replicas that hang. They are out of the routes at once, whatever becomes of the process."""

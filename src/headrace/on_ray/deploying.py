@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import threading
@@ -107,7 +108,9 @@ class Deployment:
         except (DeployError, StoppedError):
             raise
         except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt) as error:  # nobody is left to bring the version on
-            get(control.command.remote("abort", why=str(error).partition("\n")[0] or type(error).__name__))
+            why = str(error).partition("\n")[0] or type(error).__name__
+            with contextlib.suppress(HeadraceError, ray.exceptions.RayError):  # superseded meanwhile, or control is away: `error` says what was wrong
+                get(control.command.remote("abort", why=why, version=number))
             raise
 
     def _follow(self, number: int, told: int, golden: parity.Golden | None, tell: Tell, stopped: threading.Event | None) -> None:
@@ -150,7 +153,7 @@ def happenings(service: str, told: int, stopped: threading.Event | None = None) 
     while stopped is None or not stopped.is_set():
         try:
             news = get(control_of(service).events.remote(told, 1.0))
-        except (ray.exceptions.RayError, ValueError) as error:
+        except (RunError, ray.exceptions.RayError, ValueError) as error:
             if time.monotonic() - heard_s > _AWAY_S or not ray.is_initialized():
                 raise RunError(f"nothing is heard of service {service!r} any more: {error}") from error
             time.sleep(0.5)
@@ -172,3 +175,5 @@ def get(reference: Any, *, timeout_s: float = _CALL_S) -> Any:
     except ray.exceptions.ActorDiedError as error:
         told = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RunError(f"a process of the service does not start: {told[-1]}") from error
+    except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
+        raise RunError("the service's control does not answer at the moment; it starts again by itself: try again in a few seconds") from error

@@ -184,7 +184,7 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     except StoppedError as error:
         _end(name)
         raise StoppedError(f"{name} was told to stop before it was ready") from error
-    except HeadraceError:
+    except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt):
         _end(name)
         raise
     key = " -H 'Authorization: Bearer hr_...'" if face.keys else ""
@@ -247,19 +247,24 @@ def _actor(kind: type, name: str, calls: int) -> Any:
 def _drain(name: str, drain_s: float, tell: Tell) -> None:
     """Let the doors finish what they have: no request is allowed more than `drain_s`."""
     tell(f"{name} is ending: no more requests are taken, those under way are finished")
-    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+    with contextlib.suppress(RunError, ray.exceptions.RayError, ValueError):
         get([door.drain.remote(drain_s) for door in _doors(name)], timeout_s=drain_s + 5.0)
 
 
 def _end(name: str) -> None:
     """End all of a service on a Ray that goes on."""
     deadline_s = time.monotonic() + _END_S
-    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+    actors = []
+    with contextlib.suppress(RunError, ray.exceptions.RayError, ValueError):
         control = control_of(name)
+        actors.append(control)
         get(control.command.remote("stop"))
         while not get(control.ended.remote()) and time.monotonic() < deadline_s:
             time.sleep(0.2)
-        for actor in (*_doors(name), control):
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        actors += _doors(name)
+    for actor in actors:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(actor)
     compat.remember(Charge.key(name), None)
     if not _running() and not deployments.deployed():

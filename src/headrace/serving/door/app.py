@@ -153,6 +153,9 @@ class Door:
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
         keys = self.keys
         key = None
+        if self.fleet.routes is None and path not in OPEN:  # nor is it known whether keys are asked for
+            await self._refuse(exchange, _NOTHING_YET, _SOON)
+            return
         if keys is not None and path not in OPEN:
             given = heads.presented(exchange.found)
             key = check(keys, given) if given else None

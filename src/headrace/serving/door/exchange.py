@@ -36,6 +36,13 @@ class Connection(Protocol):
     def whole(self) -> bool:
         """Whether the request's body is there already."""
 
+    @property
+    def paused(self) -> bool:
+        """Whether the client has not read what was sent before."""
+
+    async def drained(self) -> None:
+        """Wait until it has, or has gone."""
+
     def abort(self) -> None:
         """Close at once."""
 
@@ -170,6 +177,7 @@ class Exchange:
         self.status = status
         send = self._send
         headers = [kind, (b"content-length", b"%d" % size), (b"x-request-id", self.request_id.encode()), *more]
+        await self._read()
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if size <= PIECE_BYTES:
             self.bytes_out = size
@@ -184,7 +192,20 @@ class Exchange:
     async def begin(self, kind: tuple[bytes, bytes], *more: tuple[bytes, bytes]) -> None:
         """Begin an answer of unknown length."""
         self.status = 200
+        await self._read()
         await self._send({"type": "http.response.start", "status": 200, "headers": [kind, (b"x-request-id", self.request_id.encode()), *more]})
+
+    async def _read(self) -> None:
+        """Wait for a client that has not read the answers before this one; one that reads nothing for long is cut off."""
+        connection = self._connection
+        if connection is None or not connection.paused:
+            return
+        try:
+            async with asyncio.timeout(STALLED_S):
+                await connection.drained()
+        except TimeoutError:
+            connection.abort()  # what is sent after that goes nowhere
+            self.status = GONE.status
 
     async def send_piece(self, piece: bytes | memoryview, *, more: bool = True) -> bool:
         """Send a piece of an answer once the client has read what went before; False if it reads nothing, and has been cut off."""

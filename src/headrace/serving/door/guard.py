@@ -79,6 +79,15 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whether the body of the request that is answered is there."""
         return not self.cycle.more_body
 
+    @property
+    def paused(self) -> bool:
+        """Whether the client has not read what was sent before."""
+        return bool(self.flow.write_paused)
+
+    async def drained(self) -> None:
+        """Wait until it has, or has gone."""
+        await self.flow.drain()
+
     def abort(self) -> None:
         """Close at once."""
         self.transport.abort()

@@ -150,8 +150,14 @@ class Hop:
 
     def drop(self) -> bool:
         """Leave it to its twin, if there is one that is still at it; whether there is."""
-        self.dropped = self.twin is not None and not self.twin.dropped and not self.twin.future.done()
+        twin = self.twin
+        self.dropped = twin is not None and not twin.dropped and not twin.failed
         return self.dropped
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without an answer. One that has its answer has it also before anybody was told."""
+        return self.future.done() and (self.future.cancelled() or isinstance(self.future.result(), Failure))
 
     def settle(self, outcome: tuple[Done, memoryview] | Failure) -> None:
         """Say what came of it. What is said later is not heard."""

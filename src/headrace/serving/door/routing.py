@@ -221,14 +221,19 @@ class Pool:
             self.changed(link)
         elif link.slow and not stuck:
             link.slow = False
+            for hop in list(link.hops.values()):
+                if (twin := hop.twin) is not None and hop is hop.journey.hop and twin.link is None:
+                    hop.twin = None  # it would come to this replica, too
+                    twin.withdraw(GONE)
             self.changed(link)
         elif stuck and not link.hung:
             link.slow = True
             self._settle_usable()
             for hop in list(link.hops.values()):
                 if hop.alone and not hop.started:  # it waits behind the one that takes so long
-                    link.cancel(hop)
-                    self._resend(hop, "slow")
+                    if self._retries.tokens >= 1:
+                        link.cancel(hop)
+                        self._resend(hop, "slow")
                 else:
                     self._double(link, hop)
 
@@ -251,7 +256,7 @@ class Pool:
 
     def _double(self, link: Link, hop: Hop) -> None:
         """Have another replica compute the request as well; what is done first is the answer."""
-        if hop.twin is not None or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
+        if hop.twin is not None or hop.alone or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
             return
         twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept)
         twin.twin = hop
@@ -262,7 +267,8 @@ class Pool:
             outcome = twin.future.result()
             if hop.future.done() or (isinstance(outcome, Failure) and not hop.dropped):
                 return  # the other one may still make it
-            if hop.link is link and link.slow and not link.hung and not self._excused(link):
+            oldest = next(iter(link.hops.values()), None) is hop  # what came later may only have waited there
+            if oldest and link.slow and not link.hung and not self._excused(link):
                 link.cancel(hop)
                 self._give_up(link, silent=False)
             hop.replica = twin.replica
@@ -285,7 +291,7 @@ class Pool:
 
     def _stuck(self, link: Link, least_s: float = LEAST_HUNG_S) -> bool:
         """Whether a call of its takes far too long."""
-        if link.stats is None or (least_s > LEAST_HUNG_S and self._excused(link)):
+        if link.stats is None or not link.ready or (least_s > LEAST_HUNG_S and self._excused(link)):
             return False
         longest_s = max(self._longest_s)
         return link.stats.oldest_call_s > (max(least_s, HUNG_FACTOR * longest_s) if longest_s else LONGEST_HUNG_S)

@@ -93,7 +93,7 @@ def promote(state: ServiceState, *, at_s: float, why: str = "told to") -> Decisi
     return dataclasses.replace(state, rollout=rollout), (Told("step", candidate.number, f"all requests: {why}", at_s=at_s),)
 
 
-def abort(state: ServiceState, *, at_s: float, why: str = "told to") -> Decision:
+def abort(state: ServiceState, *, at_s: float, why: str = "told to", version: int | None = None) -> Decision:
     """The newcomer goes; what ran before is untouched.
 
     Raises:
@@ -101,6 +101,8 @@ def abort(state: ServiceState, *, at_s: float, why: str = "told to") -> Decision
     """
     if state.rollout is None:
         raise ServingError("nothing to abort: no version is being rolled out")
+    if version is not None and version != state.rollout.version:
+        raise ServingError(f"nothing to abort: version {version} is not being rolled out")
     return _fail(state, why, at_s=at_s)
 
 
@@ -250,9 +252,10 @@ def _looked(state: ServiceState, rollout: Rollout, candidate: Version, seen: See
     trial = rollout.trial
     if ready > rollout.ready and trial is not None:
         trial = trial.warm_up(at_s=seen.at_s)
-    moved_s = seen.at_s if ready > rollout.ready else rollout.moved_s
     joins = candidate.role is Role.JOINING
-    lacks = joins and capacity(state, candidate, seen) < rollout.share and seen.at_s - moved_s >= ROOM_S
+    enough = joins and is_ready(candidate, seen) and capacity(state, candidate, seen) >= rollout.share - 1e-9
+    moved_s = seen.at_s if ready > rollout.ready or enough else rollout.moved_s  # what is lacking is counted from when it began to lack
+    lacks = joins and not enough and seen.at_s - moved_s >= ROOM_S
     rollout = dataclasses.replace(
         rollout, traffic=traffic, trial=trial, ready=max(ready, rollout.ready), moved_s=moved_s, tight=rollout.tight or lacks, sizes=sizes(state, seen)
     )

@@ -50,7 +50,7 @@ class Steering:
         self.weights: dict[int, tuple[float, float]] = {}
         self._loads: dict[tuple[int, str], Load] = {}
         self._revision = int(at_s * 1000)  # grows over restarts, too
-        self._ready_s = now_s
+        self._ready_s, self._awake = now_s, True
         if kept is not None:
             self._resume(json.loads(kept), now_s=now_s)
         self.routes = Routes(service, self._revision, (), limits)
@@ -62,7 +62,7 @@ class Steering:
 
     def waking(self, *, now_s: float) -> bool:
         """Whether it is too early after a restart to tell anything."""
-        return now_s < self._ready_s
+        return now_s < self._ready_s or not self._awake
 
     def join(self, version: int, group: str, endpoint: Endpoint, *, now_s: float) -> bool:
         """Note a replica that says it is there; whether that is news."""
@@ -89,8 +89,9 @@ class Steering:
     def tick(self, *, now_s: float, at_s: float, failures: Mapping[int, tuple[int, str]]) -> bool:
         """Decide what there is to decide; whether the routes have changed."""
         self.roster.expire(now_s=now_s)
-        if self.waking(now_s=now_s):
+        if now_s < self._ready_s:
             return False
+        self._awake = True
         members = self.members
         replicas = {key: [endpoint.replica for endpoint in endpoints] for key, endpoints in members.items()}
         self._loads = self.tallies.loads(replicas, now_s=now_s)
@@ -201,4 +202,7 @@ class Steering:
         self.contracts = {int(version): contract for version, contract in kept["contracts"].items()}
         self.events.extend((number, Told(**told)) for number, told in kept["events"])
         self.told = kept["told"]
-        self._ready_s = now_s + GRACE_S
+        self.tallies = Tallies(resumed=True)
+        if (rollout := self.state.rollout) is not None and rollout.trial is not None:
+            self.state = dataclasses.replace(self.state, rollout=dataclasses.replace(rollout, trial=dataclasses.replace(rollout.trial, last=None)))
+        self._ready_s, self._awake = now_s + GRACE_S, False

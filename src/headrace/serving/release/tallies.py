@@ -14,9 +14,13 @@ SILENT_S = 5.0
 
 
 class Tallies:
-    """The latest report of each door, and what its predecessors had counted. Times are of one monotonic clock."""
+    """The latest report of each door, and what its predecessors had counted. Times are of one monotonic clock.
 
-    def __init__(self) -> None:
+    One that is `resumed` counts from the first report of each door that it hears: what was before has been counted by the control that was before.
+    """
+
+    def __init__(self, *, resumed: bool = False) -> None:
+        self._resumed = resumed
         self._reports: dict[str, tuple[float, DoorReport]] = {}
         self._before: dict[int, VersionReport] = {}
         self._rejected: dict[int, int] = {}
@@ -28,6 +32,9 @@ class Tallies:
         for version, counted in last.versions.items():
             if report.versions.get(version, VersionReport()).answered < counted.answered:  # it began anew, or dropped the version
                 self._before[version] = _sum([self._before.get(version, VersionReport()), _counts(counted)])
+        if self._resumed and report.door not in self._reports:
+            for version, counted in report.versions.items():
+                self._before[version] = _sum([self._before.get(version, VersionReport()), _minus(_counts(counted))])
         self._reports[report.door] = (now_s, report)
 
     def forget(self, version: int) -> None:
@@ -81,6 +88,12 @@ class Tallies:
             for key, count in report.waiting.items():
                 waiting[key] = waiting.get(key, 0) + count
         return {key: Load(busy[key], waiting.get(key, 0), self._shed.get(key, 0)) for key in members}
+
+
+def _minus(report: VersionReport) -> VersionReport:
+    counts: dict[str, Any] = {field.name: getattr(report, field.name) for field in dataclasses.fields(VersionReport)}
+    counts = {name: [-each for each in count] if name == "latencies" else -count for name, count in counts.items()}
+    return VersionReport(**counts)
 
 
 def _counts(report: VersionReport) -> VersionReport:

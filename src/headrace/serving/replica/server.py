@@ -236,6 +236,8 @@ class ReplicaServer:
             self._loop.call_soon_threadsafe(self._parsed_aside, job, incoming, full_s)
 
     def _parsed_aside(self, job: Job, incoming: Incoming | Failure, full_s: float | None) -> None:
+        if full_s is None and not job.alone:
+            full_s = self._floor.full_s()  # others have come in while it was parsed
         self._let_in(job, incoming, full_s)
         self.taken()
 
