@@ -22,7 +22,7 @@ import headrace as hr
 from headrace.cli.loading import load
 from headrace.errors import DefinitionError, FailedError, RowError
 from headrace.hardware import Cluster, Node
-from headrace.on_ray import deployments
+from headrace.on_ray import compat, deployments
 from headrace.on_ray.naming import NAMESPACE, control_name
 from headrace.on_ray.serve import application
 from headrace.plan import resolve
@@ -267,7 +267,7 @@ def test_replicas_announce_themselves_and_scale(version: Any, control: Any):
     assert {(number, group) for number, group, _ in heard.values()} == {(1, "split"), (1, "embed"), (1, "first")}
     endpoint = next(endpoint for _, group, endpoint in heard.values() if group == "split")
     assert call(endpoint, {"text": "a b"}) == [{"words": ["a", "b"]}]
-    assert endpoint.host == "127.0.0.1" and {endpoint.pid} == running(seen()["split"])
+    assert endpoint.host == compat.node_address() and {endpoint.pid} == running(seen()["split"])
     deployments.scale("svc-1", "split", 2)
     both = until(lambda: seen()["split"].target == 2 and running(seen()["split"]))
     assert endpoint.pid in both
