@@ -295,7 +295,7 @@ def tell(kind: str, found: dict[str, Any]) -> None:
     if ours is None:
         return
     for name, figures in found["contenders"].items():
-        for label, theirs in figures.items():
+        for label, theirs in figures.items() if figures is not ours else ():
             mine = ours[label]
             ratios = {key: round(mine[key] / theirs[key], 2) if theirs[key] else None for key in ("per_s", "p50_ms", "p99_ms", "cpu_us")}
             print(f"{kind}: headrace over {name:20} {label:12} {ratios}")
