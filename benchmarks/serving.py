@@ -77,7 +77,21 @@ def contenders(kind: str, path: str, port: int, arguments: argparse.Namespace, f
         if arguments.only and "headrace" not in arguments.only
         else subprocess.run(["headrace", "keys", "create", "benchmark", "--file", str(keys)], capture_output=True, text=True, check=True).stdout.split()[-1]
     )
-    serve = ["headrace", "serve", str(APPS / f"{kind}_headrace.py"), "--port", str(port), "--replicas", "1", "--keys", str(keys), "--log", "off"]
+    serve = [
+        "headrace",
+        "serve",
+        str(APPS / f"{kind}_headrace.py"),
+        "--port",
+        str(port),
+        "--replicas",
+        "1",
+        "--keys",
+        str(keys),
+        "--log",
+        "off",
+        "--latency",
+        "30s",
+    ]
     found = [
         Contender("fastapi", (uvicorn(f"{kind}_fastapi", port),)),
         Contender("headrace", ((serve, {}),), {"authorization": f"Bearer {key}"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from headrace.batching import BatchRule, Indices, Rows, Tokens
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Job, Share
 
 _AHEAD = 4  # budgets' worth of rows among which those of like length are looked for
+PADDING = 1 / 16  # of a token budget, at most
 _DECAY = 0.8  # weight of what is known when one call more is measured
 
 
@@ -168,18 +170,24 @@ def _shares(jobs: list[Job], chosen: Indices | None) -> list[Share]:
 def fit(lengths: Indices, anchor: int, budget: int) -> Indices:
     """Places of the rows, ascending, that go into a call with the row at `anchor`: neighbours in length, padded to the longest within `budget`.
 
-    Of all such runs of neighbours it is the one with the most tokens of its own; of rows of the same length the first are preferred. A row
-    longer than the budget goes alone.
+    No more than 1/16 of the budget is padding: few queued rows of unlike lengths are computed sooner in several calls. Of all such runs of
+    neighbours it is the one with the most tokens of its own; of rows of the same length the first are preferred. A row longer than the
+    budget goes alone.
     """
     order = np.lexsort((-np.arange(len(lengths)), lengths))
-    ordered = lengths[order]
     place = int(np.flatnonzero(order == anchor)[0])
-    tops = np.arange(place, len(order))
-    starts = np.maximum(0, tops - np.maximum(1, budget // ordered[tops]) + 1)
-    sums = np.concatenate([[0], np.cumsum(ordered)])
-    tokens = np.where(starts <= place, sums[tops + 1] - sums[starts], -1)
-    best = int(tokens.argmax())
-    return np.sort(order[starts[best] : tops[best] + 1])
+    ordered = lengths[order].tolist()
+    sums = [0, *itertools.accumulate(ordered)]
+    start, most, best = 0, -1, (place, place)
+    for top in range(place, len(ordered)):
+        widest = ordered[top]
+        while start < top and ((padded := (top - start + 1) * widest) > budget or padded - (sums[top + 1] - sums[start]) > budget * PADDING):
+            start += 1
+        if start > place:
+            break
+        if (tokens := sums[top + 1] - sums[start]) > most:
+            most, best = tokens, (start, top)
+    return np.sort(order[best[0] : best[1] + 1])
 
 
 class Pace:
