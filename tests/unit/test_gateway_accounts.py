@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from headrace.gateway.accounts import tables, usage
 from headrace.gateway.accounts.books import BOOKED_DAYS, GRANT_S, Books
 from headrace.gateway.accounts.database import Database
-from headrace.gateway.accounts.entries import Release, Reserve, Settle, Used
+from headrace.gateway.accounts.entries import Expire, Release, Reserve, Settle, Used
 from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import Keys
 from headrace.gateway.accounts.limits import Limits
@@ -227,9 +227,12 @@ def test_a_request_counts_in_the_month_in_which_it_was_admitted(desk: Desk) -> N
 def test_a_clock_that_is_behind_does_not_bring_back_a_month(desk: Desk) -> None:
     desk.limit(budget_usd=0.000_1)
     desk.clock.now += 3600
-    desk.granted(100)
+    desk.granted(60)
     desk.clock.now -= 10
+    assert desk.refused(41).reason == "budget"
+    desk.books.settle(desk.granted(40), Used(prompt_tokens=40))  # in the month that has begun
     assert desk.refused(1).reason == "budget"
+    assert [row.day for row in usage.sums(desk.database, by=["day"])] == ["2026-02-01"]
 
 
 def test_cached_tokens_cost_less_and_a_model_without_a_price_nothing(desk: Desk) -> None:
@@ -278,8 +281,11 @@ def test_an_id_of_ones_own_is_booked_once(desk: Desk) -> None:
     assert [desk.books.book(name, key=desk.key, model="small", used=GOOD) for _ in range(2)] == [True, False]
     assert desk.refused(id=name).reason == "booked"
     bob = desk.keys.create("bob") and desk.keys.get("bob").id
-    assert desk.books.book(name, key=bob, model="small", used=GOOD)  # keys do not share ids
-    assert [(row.key, row.requests) for row in usage.sums(desk.database, by=["key"])] == [("ana", 1), ("bob", 1)]
+    desk.granted(id="batch:b1:8")
+    for one in (name, "batch:b1:8"):  # keys do not share ids
+        assert desk.books.book(one, key=bob, model="small", used=GOOD)
+    assert desk.count(tables.grants) == 1
+    assert [(row.key, row.requests) for row in usage.sums(desk.database, by=["key"])] == [("ana", 1), ("bob", 2)]
 
 
 def test_a_grant_with_an_id_of_ones_own_is_replaced_by_the_next_attempt(desk: Desk) -> None:
@@ -299,6 +305,8 @@ def test_a_grant_that_was_renewed_does_not_expire_with_the_old_one(desk: Desk) -
     desk.granted(id="batch:b1:7")
     desk.clock.now += GRANT_S / 2
     assert desk.books.sweep() == 0 and desk.count(tables.grants) == 1
+    assert desk.books.post([Expire("batch:b1:7", desk.key)]) == [False]  # found when it was the old one, and posted when it is the new
+    assert desk.count(tables.grants) == 1
 
 
 def test_an_entry_of_another_database_spoils_no_other(desk: Desk) -> None:

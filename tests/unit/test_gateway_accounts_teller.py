@@ -111,30 +111,35 @@ def test_keys_are_found_in_memory_and_changes_noticed(desk: Desk, monkeypatch: p
 
 
 def test_a_cancelled_request_holds_nothing(desk: Desk) -> None:
-    """Cancelled before it was entered, while it is, and after it is granted but before the task can know."""
-
     async def main() -> None:
         async with Teller(desk.books) as counter, blocked(desk) as go:
             tasks = [asyncio.ensure_future(counter.reserve(desk.key, "m", prompt_tokens=1, max_tokens=1)) for _ in range(10)]
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # the first is being entered, the others wait
             for task in tasks:
                 task.cancel()
             go()
             assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*tasks, return_exceptions=True))
-            late = asyncio.ensure_future(counter.reserve(desk.key, "m", prompt_tokens=1, max_tokens=1))
-            await asyncio.sleep(0)
+
+    run(main())
+    assert desk.held() == 0 and desk.requests() == 0
+
+
+def test_a_request_that_is_cancelled_as_it_is_granted_holds_nothing(desk: Desk) -> None:
+    async def main() -> None:
+        async with Teller(desk.books) as counter:
+            task = asyncio.ensure_future(counter.reserve(desk.key, "m", prompt_tokens=1, max_tokens=1))
             tell = counter._tell
 
             def tell_and_cancel(*args: Any) -> None:
                 tell(*args)
-                late.cancel()
+                task.cancel()  # it has its grant, and has not run since
 
             counter._tell = tell_and_cancel  # type: ignore[method-assign]
             with pytest.raises(asyncio.CancelledError):
-                await late
+                await task
 
     run(main())
-    assert desk.held() == 0 and desk.requests() == 0
+    assert desk.books.posted == [[Reserve], [Release]] and desk.held() == 0
 
 
 def test_leaving_enters_what_was_asked_for(desk: Desk) -> None:
@@ -241,13 +246,3 @@ def test_what_has_expired_is_settled_by_the_way(tmp_path: Path, monkeypatch: pyt
             assert not await counter.settle(grant, GOOD)
 
     run(main())
-
-
-def test_the_kinds_of_entries_are_those_that_were_asked_for(desk: Desk) -> None:
-    async def main() -> None:
-        async with Teller(desk.books) as counter:
-            grant = await counter.reserve(desk.key, "m", prompt_tokens=1, max_tokens=1)
-            assert isinstance(grant, Grant) and await counter.release(grant)
-
-    run(main())
-    assert desk.books.posted == [[Reserve], [Release]]

@@ -98,8 +98,10 @@ class Books:
     def settle(self, grant: Grant, used: Used) -> bool:
         """Replace a reservation by what was used, and book it. False if it was settled, released or expired before.
 
+        What is above the reservation is booked as well, and may pass the budget: whoever reserves says what is used at most.
+
         Raises:
-            AccountsError: the database refuses.
+            AccountsError: the database refuses. It does no harm to try again.
         """
         return cast("bool", self._one(Settle(grant, used)))
 
@@ -122,20 +124,15 @@ class Books:
         return cast("bool", self._one(Book(id, key, model, used)))
 
     def sweep(self) -> int:
-        """Settle grants whose time is over, at their reservations; returns how many there were.
+        """Settle grants whose time is over, at their reservations, some hundreds at once; returns how many. There may be more unless it is 0.
 
         Raises:
             AccountsError: the database refuses.
         """
-        swept = 0
-        while True:
-            with self.database.reading() as connection:
-                over = sa.select(grants.c.id, grants.c.key).where(grants.c.expires <= self.clock()).order_by(grants.c.expires).limit(_AT_ONCE)
-                found = [Expire(row.id, row.key) for row in connection.execute(over)]
-            if found:
-                swept += sum(result is True for result in self.post(found))
-            if len(found) < _AT_ONCE:
-                return swept
+        with self.database.reading() as connection:
+            over = sa.select(grants.c.id, grants.c.key).where(grants.c.expires <= self.clock()).order_by(grants.c.expires).limit(_AT_ONCE)
+            found = [Expire(row.id, row.key) for row in connection.execute(over)]
+        return sum(result is True for result in self.post(found)) if found else 0
 
     def prune(self) -> bool:
         """Let go of some of what is older than it is kept: requests in the log, and ids that were booked. True if there may be more.

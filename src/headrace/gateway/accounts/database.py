@@ -1,7 +1,8 @@
 """The database of accounts: an SQLite file or a PostgreSQL, opened, checked, and used in transactions.
 
 SQLite keeps a write-ahead log and leaves flushing to its checkpoints (`synchronous=NORMAL`): a process that is killed loses nothing that was
-answered; a machine that loses power may lose the last moments, and never damages the file. With PostgreSQL the server's settings decide.
+answered; a machine that loses power may lose the last moments, and never damages the file. The log needs a disk of this machine: processes on
+several machines share a PostgreSQL, whose own settings decide.
 """
 
 from __future__ import annotations
@@ -57,12 +58,11 @@ class Database:
             self.engine = _engine(url)
         except ModuleNotFoundError as error:
             raise AccountsError(f"{self.name} needs {error.name}: pip install 'headrace[gateway]'") from error
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.close)
             with self.writing() as connection:
                 self._check(connection)
-        except BaseException:
-            self.close()
-            raise
+            undone.pop_all()
 
     def close(self) -> None:
         """Close all connections."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,7 +17,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from headrace.gateway.accounts.entries import Book, Entry, Expire, Release, Reserve, Settle, Used, is_own, key_of
 from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import limits_of
-from headrace.gateway.accounts.limits import Limits
 from headrace.gateway.accounts.prices import Prices
 from headrace.gateway.accounts.quotas import Ask, Grant, Meter, Refusal, day_of, refusal
 from headrace.gateway.accounts.tables import booked, grants, keys, requests, usage
@@ -62,13 +62,13 @@ class Page:
         self._prices = prices
         self._grant_s = grant_s
         numbers = sorted({key_of(entry) for entry in entries})
-        rows = connection.execute(_LOAD, {"keys": numbers})
-        self._keys = {row.id: (None if row.revoked is not None else limits_of(row), _meter(row)) for row in rows}
+        rows = connection.execute(_LOAD, {"keys": numbers}).all()
+        self._keys = {row.id: (limits_of(row), _meter(row)) for row in rows}
+        self._revoked = {row.id for row in rows if row.revoked is not None}
         self.now = clock()
         self._times = {key: meter.window.advance(self.now) for key, (_, meter) in self._keys.items()}
-        self._day = day_of(self.now)
-        for _, meter in self._keys.values():
-            meter.turn(self._day[:7])
+        today = day_of(self.now)
+        self._days = {key: meter.turn(today) for key, (_, meter) in self._keys.items()}
         # Grants and what was booked, by key and id. Those that no entry is about may be among the grants; they are put back.
         ids = [name for entry in entries if (name := _grant_of(entry)) is not None]
         own = [name for name in ids if is_own(name)]
@@ -118,19 +118,19 @@ class Page:
 
     def _reserve(self, entry: Reserve) -> Grant | Refusal:
         limits, meter = self._keys[entry.key]
-        now = self._times[entry.key]
+        now, day = self._times[entry.key], self._days[entry.key]
         nusd = self._prices.nusd(entry.model, entry.prompt_tokens, entry.completion_tokens)
         ask = Ask(entry.model, entry.prompt_tokens, entry.completion_tokens, nusd)
         if (entry.key, entry.id) in self._booked:
-            return Refusal("booked", f"the request {entry.id!r} was booked already", rates=_rates(limits, meter, now))
+            return Refusal("booked", f"the request {entry.id!r} was booked already", rates=meter.rates(limits, now))
         self._give_back((entry.key, entry.id))  # of an attempt before this one
-        against = Refusal("revoked", "this key was revoked") if limits is None else refusal(limits, meter, ask, now=now)
+        against = Refusal("revoked", "this key was revoked") if entry.key in self._revoked else refusal(limits, meter, ask, now=now)
         if against is not None:
-            self._count(self._day, entry.key, "" if against.reason == "model" else ask.model, refused=1)
-            return Refusal(against.reason, against.message, against.retry_after_s, _rates(limits, meter, now))
+            self._count(day, entry.key, "" if against.reason == "model" else ask.model, refused=1)
+            return replace(against, rates=meter.rates(limits, now))
         second = meter.window.admit(now, ask.tokens)
-        meter.pay(self._day, held_nusd=nusd)
-        grant = Grant(entry.id, entry.key, ask, second, self._day, self.now + self._grant_s, _rates(limits, meter, now))
+        meter.pay(day, held_nusd=nusd)
+        grant = Grant(entry.id, entry.key, ask, second, day, self.now + self._grant_s, meter.rates(limits, now))
         self._open[entry.key, entry.id] = grant
         return grant
 
@@ -159,7 +159,7 @@ class Page:
         if name in self._booked:
             return False
         if not self._settle(name, entry.used):
-            self._spend(name, entry.model, entry.used, day=self._day)
+            self._spend(name, entry.model, entry.used, day=self._days[entry.key])
         return True
 
     def _spend(self, name: _Name, model: str, used: Used, *, day: str) -> None:
@@ -185,10 +185,6 @@ def _grant_of(entry: Entry) -> str | None:
     if isinstance(entry, Settle | Release):
         return entry.grant.id
     return entry.id if not isinstance(entry, Reserve) or is_own(entry.id) else None
-
-
-def _rates(limits: Limits | None, meter: Meter, now: float) -> Any:
-    return meter.rates(limits or Limits(), now)
 
 
 def _meter(row: sa.Row[Any]) -> Meter:

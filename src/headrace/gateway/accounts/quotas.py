@@ -101,10 +101,14 @@ class Meter:
     spent_nusd: int
     held_nusd: int
 
-    def turn(self, month: str) -> None:
-        """Begin a month. A clock that is behind does not bring back the one before, and with it money that was spent."""
-        if month > self.month:
-            self.month, self.spent_nusd, self.held_nusd = month, 0, 0
+    def turn(self, day: str) -> str:
+        """Begin the month of a day, if it is a new one; what is returned is the day to count on.
+
+        A clock that is behind does not bring back the month before, whose money was counted: it counts on the first day of this one.
+        """
+        if day[:7] > self.month:
+            self.month, self.spent_nusd, self.held_nusd = day[:7], 0, 0
+        return max(day, f"{self.month}-01")
 
     def pay(self, day: str, *, spent_nusd: int = 0, held_nusd: int = 0) -> None:
         """Add to the money, if that day's month is still the one that is counted."""

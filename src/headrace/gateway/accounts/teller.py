@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -55,7 +56,7 @@ class Teller:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ring = Ring({})
         self._changes = -1
-        self._looked_s = -KEYS_S
+        self._looked_s = -math.inf
         self._looking: asyncio.Future[Any] | None = None
         self._closed = False
 
@@ -194,8 +195,8 @@ class Teller:
     def _upkeep(self) -> bool:
         """True if there is more to do at once."""
         try:
-            self._books.sweep()
-            return self._books.prune()
+            swept, is_more = self._books.sweep(), self._books.prune()
         except AccountsError as error:
             _log.warning("expired reservations and old rows are left for later: %s", error)
             return False
+        return swept > 0 or is_more
