@@ -18,7 +18,7 @@ from headrace.gateway.batches.records import Charge, Usage
 from headrace.gateway.batches.worker import Worker
 
 CHAT = "/v1/chat/completions"
-QUICK = {"poll_s": 0.01, "pause_s": 0.01, "retry_s": 0.001, "gather_s": 0.002, "free_bytes": 1, "floor_bytes": 1}
+QUICK = {"poll_s": 0.003, "pause_s": 0.01, "retry_s": 0.001, "gather_s": 0.002, "free_bytes": 1, "floor_bytes": 1}
 
 
 class Clock:

@@ -210,14 +210,14 @@ def test_batches_wait_while_there_are_no_slots(tmp_path: Path):
                 async def under_way(count: int) -> bool:
                     return engine.under_way == count
 
-                await until(lambda: asyncio.sleep(0.1, True))
+                await until(lambda: asyncio.sleep(0.05, True))
                 assert not engine.sent
                 slots = 4
                 await until(lambda: under_way(4))
                 slots = 0  # interactive traffic comes: those at the engine end, no other begins
                 gate.set()
                 await until(lambda: under_way(0))
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05)
                 assert engine.sent.total() == 4
                 slots = 3
                 for batch, owner in zip(batches, ("ann", "bob"), strict=True):
@@ -236,7 +236,7 @@ def halted(tmp_path: Path, window: str = "24h"):
             await gate.wait()
         return FakeEngine.good(line, times)
 
-    return clock, gate, FakeEngine(behave), depot_in(tmp_path, clock, grace_s=0.2)
+    return clock, gate, FakeEngine(behave), depot_in(tmp_path, clock, grace_s=0.12)
 
 
 async def begun(depot: Any, batch: str, engine: FakeEngine) -> bool:
@@ -259,7 +259,7 @@ def test_what_is_cancelled_or_expires_keeps_what_is_done(tmp_path: Path, status:
                 else:
                     clock.now += 7200
                 if answered:
-                    await asyncio.sleep(0.05)  # the worker has seen it, and its grace lasts
+                    await asyncio.sleep(0.03)  # the worker has seen it, and its grace lasts
                     gate.set()
                 found = await over(depot, batch)
             assert (found["status"], found[f"{status}_at"]) == (status, int(clock.now))
@@ -316,7 +316,7 @@ def test_owners_have_turns(tmp_path: Path):
             async with working(depot, engine, lambda: slots):
 
                 async def taken() -> bool:
-                    return (await shown(depot, last, "bob"))["status"] == "in_progress"
+                    return all([(await shown(depot, batch, owner))["status"] == "in_progress" for batch, owner in ((first[0], "ann"), (last, "bob"))])
 
                 await until(taken)
                 assert [(await shown(depot, batch))["status"] for batch in first] == ["in_progress", "validating", "validating"]
@@ -385,6 +385,25 @@ def test_a_run_that_fails_is_taken_up_again(tmp_path: Path, caplog: pytest.LogCa
     asyncio.run(test())
 
 
+def test_a_bill_that_cannot_be_written_holds_a_run_up(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Forgetful(FakeEngine):
+        failed = 0
+
+        async def book(self, charges: Any) -> None:
+            self.failed += 1
+            if self.failed <= 3:
+                raise FileNotFoundError("the bill")
+            await super().book(charges)
+
+    engine = Forgetful()
+    found, output, _ = asyncio.run(ran(tmp_path, requests(100), engine))
+    assert (found["status"], len(output), len(engine.booked)) == ("completed", 100, 100)
+    assert caplog.text.count("its run failed") == 3
+
+    told = {line["custom_id"]: line["response"]["body"]["usage"]["times"] for line in output}
+    assert told == {f"r{charge.line}": charge.usage.output_tokens for charge in engine.booked.values()}
+
+
 def test_a_batch_whose_input_is_gone_fails(tmp_path: Path):
     async def test():
         with depot_in(tmp_path) as depot:
@@ -408,7 +427,7 @@ def test_results_that_the_disk_has_lost_are_not_papered_over(tmp_path: Path, cap
             output = depot.catalog.batch(batch).output_id
             (tmp_path / "contents" / output).write_bytes(b"")
             async with working(depot, engine, lambda: 3):
-                await until(lambda: asyncio.sleep(0.05, "has 0 bytes, but" in caplog.text))
+                await until(lambda: asyncio.sleep(0.01, "has 0 bytes, but" in caplog.text))
             assert (await shown(depot, batch))["status"] == "in_progress"
 
     asyncio.run(test())

@@ -212,7 +212,7 @@ def test_an_upload_is_bounded(tmp_path: Path):
         raise ConnectionResetError
 
     async def test():
-        with depot_in(tmp_path, file_bytes=1_000_000, owner_bytes=1_500_000, idle_s=0.05, upload_s=0.2) as depot:
+        with depot_in(tmp_path, file_bytes=1_000_000, owner_bytes=1_500_000, idle_s=0.03, upload_s=0.08) as depot:
             for body, error in ((endless(), (413, "file_too_large", "file")), (silent(), (408, "timeout", None)), (trickle(), (408, "timeout", None))):
                 reply = await ask(depot, "POST", "/v1/files", body=body, kind=KIND)
                 assert reply.error == error and reply.headers["connection"] == "close"

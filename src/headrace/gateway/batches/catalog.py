@@ -195,9 +195,11 @@ class Catalog:
         return [Charge(batch.id, batch.owner, batch.model or "", line, Usage(*used)) for line, *used in found]
 
     def end(self, name: str, change: Change, files: Sequence[File]) -> Batch:
-        """End a batch, and add the files of its results, in one step. All of it is booked."""
+        """End a batch, and add the files of its results, in one step. All of it is booked. One that is over stays as it is."""
         with self._change() as database:
             before = Batch.load(*database.execute("SELECT about, progress FROM batches WHERE id = ?", (name,)).fetchone())
+            if not before.live:
+                return before
             after = change(before)
             database.execute("UPDATE batches SET about = ?, live = ? WHERE id = ?", (after.dump(), after.live, name))
             database.execute("DELETE FROM unbooked WHERE batch = ?", (name,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -64,9 +65,9 @@ class Result:
 
 
 class Lines:
-    """The lines of an input file, in order. What is held of a line is bounded, however long it is."""
+    """The lines of an input file, in order. Of one that is not known to be valid, no more is held of a line than the bound, however long it is."""
 
-    def __init__(self, file: BinaryIO, *, line_bytes: int) -> None:
+    def __init__(self, file: BinaryIO, *, line_bytes: int = sys.maxsize - 1) -> None:
         self._file, self._most = file, line_bytes
         self._number = 0
 

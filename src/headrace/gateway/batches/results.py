@@ -11,8 +11,8 @@ A group of results is taken down in this order:
    are done.
 3. Book the charges. The next group's transaction, or that of the batch's end, takes them out of the catalog.
 
-A run that takes over, after a kill or a power cut at any point, first cuts both files to the bytes that the progress names: what is
-beyond is a torn tail, whole or not, of lines that are not done. It needs no marks in the files, since the progress names no byte that
+A run that takes over, after a kill or a power cut at any point, first cuts both files to the bytes that the progress names, and flushes
+that: what is beyond is a torn tail, whole or not, of lines that are not done. It needs no marks in the files, since the progress names no byte that
 was not flushed before. Then it books the charges that it finds, and goes on with the lines that are not done. Therefore
 
 - no line is lost: it is done only once its text is on the disk;

@@ -69,7 +69,7 @@ class Run:
             told.cancel()
             everything.cancel()
             for task in self._resting:
-                task.cancel()
+                task.cancel()  # some before their first step
             if under_way := self._tasks - self._resting:
                 await asyncio.wait(under_way, timeout=self._limits.grace_s)
             for task in self._tasks:
@@ -82,8 +82,9 @@ class Run:
         done = self._results.progress.done
         while taken := await asyncio.to_thread(self._lines.take):
             for number, raw in taken:
-                if raw is None or done.overlaps(number, number + 1):
+                if done.overlaps(number, number + 1):
                     continue
+                assert raw is not None  # the file was found valid
                 while self._queued >= _QUEUE or self._held_lines >= self._limits.open_lines or self._held_bytes >= self._limits.open_bytes:
                     await self._free()
                 self._held_lines += 1
@@ -91,9 +92,14 @@ class Run:
                 self._queued += 1
                 task = group.create_task(self._carry(open_line(self._batch, number, raw), len(raw)))
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._resting.add(task)
+                task.add_done_callback(self._forget)
         while self._held_lines:
             await self._free()
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._resting.discard(task)
 
     async def _free(self) -> None:
         self._freed.clear()
@@ -187,6 +193,6 @@ async def give_up(batch: Batch, lines: Lines, results: Results) -> None:
     }[batch.ending]
     while taken := await asyncio.to_thread(lines.take):
         done = results.progress.done
-        left = [failure(open_line(batch, number, raw), code, message) for number, raw in taken if raw is not None and not done.overlaps(number, number + 1)]
+        left = [failure(open_line(batch, number, raw), code, message) for number, raw in taken if raw and not done.overlaps(number, number + 1)]
         if left:
             await asyncio.to_thread(results.add, left)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import BinaryIO
 
 from headrace.errors import StorageError
 from headrace.gateway.batches.depot import Depot
@@ -23,6 +24,10 @@ from headrace.gateway.batches.validation import Check
 _SWEEP_S = 600
 
 _log = logging.getLogger(__name__)
+
+
+class _GoneError(Exception):
+    """The input of a batch is not on the disk: somebody has deleted it by hand."""
 
 
 class Worker:
@@ -100,10 +105,12 @@ class Worker:
                 batch = await self._validate(batch, stopping)
             if batch.status == "cancelling" and not batch.total:  # it was cancelled before anybody had looked at its lines
                 batch = await self._end(batch, "cancelled")
-            if batch.live and batch.status != "validating":
+            if not batch.live:
+                await asyncio.to_thread(self._depot.release, batch.output_id)  # the claim may have made it anew, if somebody else was faster
+            elif batch.status != "validating":
                 with contextlib.closing(Results(self._depot, batch, output)) as results:
                     await self._complete(batch, results, stopping)
-        except FileNotFoundError:
+        except _GoneError:
             await self._end(batch, "failed", (Fault("file_not_found", "The input file is not on the server's disk any more."),))
 
     async def _complete(self, batch: Batch, results: Results, stopping: asyncio.Event) -> None:
@@ -116,16 +123,18 @@ class Worker:
         complete = results.progress.done.rows >= batch.total
         batch = await self._finalize(batch, complete=complete)
         if not complete and not batch.ending:
-            return  # the worker is told to stop
+            if not stopping.is_set():
+                raise StorageError(f"the input of {batch.id} has fewer lines than when it was looked at")
+            return
         if not complete:
-            with await asyncio.to_thread(self._depot.shelf.open, batch.input_file_id) as file:
-                await give_up(batch, Lines(file, line_bytes=self._limits.line_bytes), results)
+            with await self._open(batch) as file:
+                await give_up(batch, Lines(file), results)
         await self._end(batch, batch.ending or "completed")
 
     async def _validate(self, batch: Batch, stopping: asyncio.Event) -> Batch:
         """Look at all of its lines; it is in progress then, or has failed."""
         check = Check(batch.endpoint, lines=self._limits.lines, line_bytes=self._limits.line_bytes)
-        with await asyncio.to_thread(self._depot.shelf.open, batch.input_file_id) as file:
+        with await self._open(batch) as file:
             lines = Lines(file, line_bytes=self._limits.line_bytes)
             while taken := await asyncio.to_thread(lines.take):
                 if stopping.is_set():
@@ -142,13 +151,20 @@ class Worker:
 
         return await asyncio.to_thread(self._depot.catalog.change, batch.id, begun)
 
+    async def _open(self, batch: Batch) -> BinaryIO:
+        """Its input."""
+        try:
+            return await asyncio.to_thread(self._depot.shelf.open, batch.input_file_id)
+        except FileNotFoundError:
+            raise _GoneError(batch.id) from None
+
     async def _run(self, batch: Batch, results: Results, stopping: asyncio.Event) -> None:
         """Send its lines until all are done, or there is a reason not to go on."""
         halt = asyncio.Event()
         watch = asyncio.create_task(self._watch(batch, stopping, halt))
         try:
-            with await asyncio.to_thread(self._depot.shelf.open, batch.input_file_id) as file:
-                run = Run(batch, Lines(file, line_bytes=self._limits.line_bytes), results, engine=self._engine, limits=self._limits)
+            with await self._open(batch) as file:
+                run = Run(batch, Lines(file), results, engine=self._engine, limits=self._limits)
                 await run.work(halt)
         finally:
             watch.cancel()
