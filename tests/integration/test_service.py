@@ -350,6 +350,14 @@ def test_keys_tls_and_a_gate_at_the_first_version(tmp_path: Path):
         served.start("--host", "0.0.0.0", "--keys", "keys.json", "--tls", "cert.pem,key.pem", "--gate", "golden.parquet")
         assert any("version 1 gate passed" in line for line in served.lines)
         assert [served.ask()[0], served.ask(Authorization=f"Bearer {key}")[0], served.ask(Authorization="Bearer hr_other")[0]] == [401, 200, 401]
+        good = (tmp_path / "keys.json").read_bytes()
+        (tmp_path / "keys.json").write_bytes(good[:-20])
+        (victim,) = served.processes("ray::Control")
+        os.kill(victim, signal.SIGKILL)  # the next one cannot read the keys, and goes on with those that were valid
+        until(lambda: set(served.processes("ray::Control")) - {victim})
+        until(lambda: "damaged" in served.run("top", served.url, "--once", "--json", "--key", key, "--ca", "cert.pem").stdout)
+        assert [served.ask()[0], served.ask(Authorization=f"Bearer {key}")[0]] == [401, 200]
+        (tmp_path / "keys.json").write_bytes(good)
         assert served.run("keys", "revoke", "me", "--file", "keys.json").returncode == 0
         until(lambda: served.ask(Authorization=f"Bearer {key}")[0] == 401)
     finally:

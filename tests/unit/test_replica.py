@@ -392,6 +392,40 @@ def test_a_door_that_talks_nonsense_is_cut_off_and_others_are_not(send):
         assert visit(server, lambda bad, good: quietly(scenario(bad, good)), peers=2) == {"loud": "A"}
 
 
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda peer: peer.ask({"text": "a"}),
+        lambda peer: peer.send(Kind.PING),
+        lambda peer: peer.send(Kind.HELLO, head=("another",)),
+        lambda peer: peer.send(Kind.HELLO, head=()),
+        lambda peer: peer.send(Kind.HELLO, head=(7,)),
+        lambda peer: peer.send(Kind.HELLO, head=7),
+        lambda peer: peer.writer.write(b"".join(encode(Kind.WORK, 1, (), b"x" * 5_000))[:2_000]),
+        lambda peer: None,
+    ],
+)
+def test_whoever_does_not_name_the_token_is_cut_off(send, monkeypatch):
+    monkeypatch.setattr(hearing, "_UNKNOWN_S", 0.5)
+
+    async def scenario(stranger, door):
+        send(stranger)
+        door.send(Kind.HELLO, head=("secret",))
+        assert await ended(stranger)  # and was not told anything
+        return await door.call({"text": "a"})
+
+    with serving(SHOUT, token="secret") as server:
+        assert visit(server, lambda stranger, door: quietly(scenario(stranger, door)), peers=2) == {"loud": "A"}
+
+
+async def ended(peer):
+    """Whether the connection ends before anything is heard."""
+    try:
+        return await asyncio.wait_for(peer.reader.read(1), 20) == b""
+    except ConnectionResetError:
+        return True
+
+
 async def quietly(steps):
     try:
         return await steps

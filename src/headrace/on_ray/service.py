@@ -173,7 +173,7 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     name, face = service.name, service.face
     url = face.url(port, compat.node_address())
     keys, ca = None if face.keys is None else str(face.keys.resolve()), None if face.tls is None else face.tls[0]
-    compat.remember(Charge.key(name), None)  # what a service of this name left that was killed
+    Charge.forget(name)  # what a service of this name left that was killed
     _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca))
     listening = Listening(name, face.host, port, face.tls, logs if face.log else None)
     doors = [_actor(FrontDoor, door_name(name, number), 4).remote(listening, number) for number in range(face.doors)]
@@ -266,7 +266,7 @@ def _end(name: str) -> None:
     for actor in actors:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(actor)
-    compat.remember(Charge.key(name), None)
+    Charge.forget(name)
     if not _running() and not deployments.deployed():
         deployments.end_serve()
 

@@ -44,6 +44,7 @@ class ReplicaServer:
     """Stages that answer requests over sockets. Making one sets the stages up; `start` opens the port.
 
     `reads` are the columns of requests, `carries` those of answers. Functions run in `threads` threads, a model in one.
+    `token` is what whoever connects must name first, "" for none.
 
     Raises:
         StageError: a stage cannot be set up.
@@ -59,7 +60,9 @@ class ReplicaServer:
         device: str = "cpu",
         limits: Limits = _LIMITS,
         threads: int = 1,
+        token: str = "",
     ) -> None:
+        self.token = token
         self._reads, self._carries = dict(reads), dict(carries)
         self._codec = Codec(reads, carries, rows=limits.rows)
         self._floor = Floor(stages, writes=carries, limits=limits, threads=threads)
