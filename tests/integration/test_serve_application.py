@@ -87,7 +87,9 @@ def two(serving: str) -> Iterator[tuple[Any, str]]:
     """The pipeline of three groups, deployed: its handle and its URL."""
     from ray import serve
 
-    yield serve.run(hr.serve(TWO, limits=LIMITS), name="two", route_prefix="/two"), serving + "/two"
+    handle = serve.run(hr.serve(TWO, limits=LIMITS), name="two", route_prefix="/two")
+    yield handle, serving + "/two"
+    handle.shutdown()  # or its thread goes on when Ray is gone
     serve.delete("two")
 
 

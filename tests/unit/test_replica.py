@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import orjson
 import pyarrow as pa
@@ -390,6 +391,41 @@ def test_a_door_that_talks_nonsense_is_cut_off_and_others_are_not(send):
 
     with serving(SHOUT) as server:
         assert visit(server, lambda bad, good: quietly(scenario(bad, good)), peers=2) == {"loud": "A"}
+
+
+def threads_of(pauses, **options):
+    """In which threads a stage was called that sleeps so long, one request at a time."""
+    names = []
+
+    @hr.stage(out={"y": int}, name="sleepy")
+    def sleepy(x: hr.Column[int]):
+        names.append(threading.current_thread().name)
+        time.sleep(pauses[len(names) - 1])
+        return {"y": x}
+
+    async def scenario(peer):
+        for pause in pauses:
+            assert await peer.call({"x": 3}, **options) == {"y": 3}, pause
+
+    with serving(hr.Pipeline("sleepy", sleepy)) as server:
+        visit(server, scenario)
+    return names
+
+
+def test_quick_functions_are_called_by_the_loop():
+    names = threads_of([0.0] * 40)
+    assert set(names[:4]) == {"headrace-station"}  # until it is known that they are quick
+    assert names.count("headrace-loop") >= 20  # not all, if the machine pauses meanwhile
+
+
+def test_slow_ones_are_not_nor_those_that_turn_out_slow():
+    assert set(threads_of([0.002] * 12)) == {"headrace-station"}
+    names = threads_of([0.0] * 40 + [0.05] + [0.0] * 10)
+    assert names[41:] == ["headrace-station"] * 10
+
+
+def test_a_request_that_is_to_be_announced_is_not():
+    assert set(threads_of([0.0] * 20, alone=True)) == {"headrace-station"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pyarrow as pa
 from headrace.batching import BatchRule, Rows, Tokens
 from headrace.lineage import Fault
 from headrace.serving.replica.jobs import Cut, Job, Share
-from headrace.serving.replica.queue import Line, Pace
+from headrace.serving.replica.queue import Line, Pace, Taken
 from headrace.serving.routes import Limits
 from headrace.stage import Stage
 from headrace.worker import Worker
@@ -44,14 +44,15 @@ class Station:
 
     `passes` are the columns that are needed after it. `fresh` are requests of unknown length, which a token budget asks for. `backlog` is
     the cost of all requests of the replica that are still to pass here, `busy` the part of it that calls hold; cost is rows, or bytes of
-    the body where rows differ in length. `since` is when each thread's call began, 0 while there is none; `free` are the threads that wait.
+    the body where rows differ in length. `since` is when the call of each of its `threads` began, 0 while there is none, and
+    last that of the sockets' own; `free` are the threads that wait.
     """
 
     at: int
     stages: tuple[Stage, ...]
     rule: BatchRule
     passes: frozenset[str]
-    since: list[float]
+    threads: int
     line: Line
     pace: Pace = field(default_factory=Pace)
     fresh: list[Job] = field(default_factory=list)
@@ -59,6 +60,10 @@ class Station:
     workers: list[Worker] = field(default_factory=list)
     backlog: float = 0.0
     busy: float = 0.0
+    since: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = [0.0] * (self.threads + 1)
 
     def cost(self, job: Job) -> float:
         """Of one row of it."""
@@ -79,7 +84,7 @@ class Station:
     @property
     def wait_s(self) -> float:
         """How long it takes to compute all that is to pass here."""
-        return self.pace.wait_s(self.backlog) / len(self.since)
+        return self.pace.wait_s(self.backlog) / self.threads
 
     @property
     def shrink(self) -> int:
@@ -122,7 +127,7 @@ class Floor:
             first, model = run[0].batch, run[0].is_model
             rule = first if isinstance(first, Tokens) else Rows(min(stage.batch.count for stage in run if isinstance(stage.batch, Rows)))
             following = {name for later in runs[at + 1 :] for stage in later for name in stage.reads}
-            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), [0.0] * (1 if model else threads), Line(rule)))
+            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), 1 if model else threads, Line(rule)))
         models = [station for station in self.stations if station.model]
         self._counted = models or self.stations
 
@@ -183,6 +188,18 @@ class Floor:
         since = [began_s for station in self.stations for began_s in station.since if began_s]
         return max(0.0, time.perf_counter() - min(since)) if since else 0.0
 
+    def put_here(self, job: Job) -> Call | None:
+        """Let a request in that the caller will compute itself, as a call of the first station; None if others are to compute it."""
+        now_s, station = time.perf_counter(), self.stations[0]
+        with self._lock:
+            if station.line or self._alone or self._next_alone or self.closing or job.closed or job.deadline_s <= now_s:
+                self._let_in(job, now_s)
+                station.wake()
+                return None
+            self._let_in(job, now_s)
+            taken = station.line.take(now_s)
+            return self._begin(station, station.threads, taken, now_s)
+
     # For the threads of the stations
 
     def next_call(self, station: Station, seat: int, wake: Wake) -> tuple[Call | None, list[Job], bool]:
@@ -202,19 +219,10 @@ class Floor:
                 self._close(job)
             if not taken.shares:
                 return None, taken.expired, False
-            cost = 0.0
-            for job, rows in taken.shares:
-                if not job.began_s:
-                    job.began_s = now_s
-                    job.queue_s += (job.passed_s or now_s) - job.queued_s
-                    job.wait_s += now_s - (job.passed_s or now_s)
-                cost += station.cost(job) * len(rows)
-            station.busy += cost
-            station.since[seat] = now_s
-            self._running += 1
+            call = self._begin(station, seat, taken, now_s)
             if line:
                 station.wake()
-            return Call(taken.shares, taken.filled, cost), taken.expired, False
+            return call, taken.expired, False
 
     def end(self, station: Station, seat: int, call: Call) -> None:
         """A call came to nothing; its requests are closed."""
@@ -294,6 +302,19 @@ class Floor:
                     station.wake()
 
     # With the lock
+
+    def _begin(self, station: Station, seat: int, taken: Taken, now_s: float) -> Call:
+        cost = 0.0
+        for job, rows in taken.shares:
+            if not job.began_s:
+                job.began_s = now_s
+                job.queue_s += (job.passed_s or now_s) - job.queued_s
+                job.wait_s += now_s - (job.passed_s or now_s)
+            cost += station.cost(job) * len(rows)
+        station.busy += cost
+        station.since[seat] = now_s
+        self._running += 1
+        return Call(taken.shares, taken.filled, cost)
 
     def _let_in(self, job: Job, now_s: float) -> None:
         if not job.closed:

@@ -190,7 +190,11 @@ class ReplicaServer:
         """All that came at once was given to `take`."""
         if self._new:
             new, self._new = self._new, []
-            self._floor.put(new)
+            self._called = True  # by itself: what is delivered meanwhile is sent here
+            if len(new) > 1 or not self._stations.compute_here(new[0]):
+                self._floor.put(new)
+            self._called = False
+            self._send_answers()
         for connection in self._touched:
             connection.flush()
         self._touched.clear()
@@ -276,10 +280,13 @@ class ReplicaServer:
 
     def _send(self) -> None:
         self._called = False
+        self._send_answers()
+        self.taken()
+
+    def _send_answers(self) -> None:
         while self._answers:
             for job, answer in self._answers.popleft():
                 self._answer(job, answer)
-        self.taken()
 
     def _drain(self, idle: threading.Event) -> None:
         if not self._draining:
