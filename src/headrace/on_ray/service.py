@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -112,16 +112,16 @@ def serve(service: Service, *, tell: Tell) -> None:
             _stay(service, tell, stopped)
 
 
-def rollback(service: str, *, where: Where, tell: Tell) -> None:
-    """Let the version before answer again, at once; a version that is about to take over is taken back.
+def command(service: str, name: Literal["promote", "rollback"], *, where: Where, tell: Tell) -> None:
+    """Let the version that is being brought in answer everything, or take it back; without one, a rollback lets the version before answer again.
 
     Raises:
-        ServingError: there is no such service, or no version to go back to.
+        ServingError: there is no such service, or no such version.
     """
     with _found(service, where):
         control = control_of(service)
         _, told = get(control.latest.remote())
-        get(control.command.remote("rollback"))
+        get(control.command.remote(name))
         for _, event in get(control.events.remote(told, 3.0)):
             tell(str(event))
 
