@@ -376,7 +376,7 @@ def test_of_a_call_that_takes_far_too_long_another_replica_is_asked_as_well(firs
             assert not second.calls
             await hear(door, slow, 4.1)
             calls = [await second.got(1), await second.got(2)]
-            assert not any(call.work.alone for call in calls)
+            assert all(call.work.alone for call in calls)  # one of them may be to blame for the other
             assert [link.endpoint.replica for link in door.fleet.versions[1].pools[0].usable] == ["second"]
             assert door.report().hung == ()
             if first == "itself":

@@ -258,7 +258,8 @@ class Pool:
         """Have another replica compute the request as well; what is done first is the answer."""
         if hop.twin is not None or hop.alone or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
             return
-        twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept)
+        # Alone: of those that hang together one may be to blame, and would take the others with it again.
+        twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept, alone=True)
         twin.twin = hop
         hop.journey.patient = True
         hop.journey.retries += 1
