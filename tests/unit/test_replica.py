@@ -447,6 +447,23 @@ def test_a_request_that_is_to_be_announced_is_not():
     assert set(names) == {"headrace-station"}
 
 
+def test_others_begin_when_the_answer_of_one_that_was_alone_is_out_of_the_process(monkeypatch):
+    gate, out = Gate(batch=1), threading.Event()
+    monkeypatch.setattr(hearing.Connection, "written", lambda connection: out.is_set())
+
+    async def scenario(peer):
+        gate.open.set()
+        first, second = peer.ask({"x": 1}, alone=True), peer.ask({"x": 2})
+        assert await peer.answers(1) == {first: {"y": 2}}
+        await asyncio.sleep(0.05)
+        assert gate.calls == [[1]]
+        out.set()
+        return await peer.answers(1) == {second: {"y": 4}}
+
+    with serving(gate.pipeline) as server:
+        assert visit(server, scenario)
+
+
 @pytest.mark.parametrize(
     "send",
     [

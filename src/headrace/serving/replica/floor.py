@@ -1,7 +1,8 @@
 """The floor of a replica: who waits at which station, and what each call takes. One lock, no threads of its own.
 
 Requests pass the stations in order. A station's call begins whenever one of its threads is free and something waits, except that a request
-that asks to be `alone` is computed with nothing beside it in the whole process: should the process die meanwhile, it was that request.
+that asks to be `alone` is computed with nothing beside it in the whole process, and others begin when its answer is out of it: should the
+process die meanwhile, it was that request.
 """
 
 from __future__ import annotations
@@ -177,7 +178,14 @@ class Floor:
         """Nobody waits for these any more. What a call holds of them is computed and thrown away."""
         with self._lock:
             for job in jobs:
+                job.answered = True
                 self._close(job)
+
+    def release(self, job: Job) -> None:
+        """Let others begin: a request that was `alone` has its answer, or needs none."""
+        with self._lock:
+            job.answered = True
+            self._free_floor()
 
     def queued(self) -> int:
         """Requests that no call has begun on."""
@@ -383,7 +391,7 @@ class Floor:
         """Have others go on when a request that was alone is done with, or the next one begin when all others are."""
         if self._running:
             return
-        if self._alone is not None and self._alone.closed:
+        if self._alone is not None and self._alone.closed and self._alone.answered:
             self._alone = None
             self._wake_all()
         elif self._alone is None and self._next_alone is not None:
