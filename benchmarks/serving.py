@@ -74,27 +74,14 @@ def contenders(kind: str, path: str, port: int, arguments: argparse.Namespace, f
     keys = folder / f"{kind}-keys.json"
     key = (
         "none"
-        if arguments.only and "headrace" not in arguments.only
+        if arguments.only and not any(name.startswith("headrace") for name in arguments.only)
         else subprocess.run(["headrace", "keys", "create", "benchmark", "--file", str(keys)], capture_output=True, text=True, check=True).stdout.split()[-1]
     )
-    serve = [
-        "headrace",
-        "serve",
-        str(APPS / f"{kind}_headrace.py"),
-        "--port",
-        str(port),
-        "--replicas",
-        "1",
-        "--keys",
-        str(keys),
-        "--log",
-        "off",
-        "--latency",
-        "30s",
-    ]
+    options = ["--port", str(port), "--replicas", "1", "--keys", str(keys), "--log", "off", "--latency", "30s"]
+    ours = {"headrace": f"{kind}_headrace.py"} | ({"headrace, embedder": "embed_embedder.py"} if kind == "embed" else {})
     found = [
         Contender("fastapi", (uvicorn(f"{kind}_fastapi", port),)),
-        Contender("headrace", ((serve, {}),), {"authorization": f"Bearer {key}"}),
+        *(Contender(name, ((["headrace", "serve", str(APPS / app), *options], {}),), {"authorization": f"Bearer {key}"}) for name, app in ours.items()),
         Contender("ray serve", ((ray, {}),)),
         Contender("ray serve, haproxy", ((ray, FAST_RAY),)),
     ]
@@ -304,18 +291,18 @@ def main() -> None:
 
 
 def tell(kind: str, found: dict[str, Any]) -> None:
-    """The ratios: headrace over each of the others, load by load."""
-    ours = found["contenders"].get("headrace")
-    if ours is None:
-        return
-    for name, figures in found["contenders"].items():
-        for label, theirs in figures.items() if figures is not ours else ():
-            mine = ours[label]
-            ratios = {key: round(mine[key] / theirs[key], 2) if theirs[key] else None for key in ("per_s", "p50_ms", "p99_ms", "cpu_us")}
-            print(f"{kind}: headrace over {name:20} {label:12} {ratios}")
-    if "model_rows_per_s" in found:
-        for label, mine in ours.items():
-            print(f"{kind}: headrace over the model alone, {label}: {mine['per_s'] / found['model_rows_per_s']:.2f}")
+    """The ratios: headrace, in each of its forms, over each of the others, load by load."""
+    for us, ours in found["contenders"].items():
+        if not us.startswith("headrace"):
+            continue
+        for name, figures in found["contenders"].items():
+            for label, theirs in figures.items() if figures is not ours else ():
+                mine = ours[label]
+                ratios = {key: round(mine[key] / theirs[key], 2) if theirs[key] else None for key in ("per_s", "p50_ms", "p99_ms", "cpu_us")}
+                print(f"{kind}: {us} over {name:20} {label:12} {ratios}")
+        if "model_rows_per_s" in found:
+            for label, mine in ours.items():
+                print(f"{kind}: {us} over the model alone, {label}: {mine['per_s'] / found['model_rows_per_s']:.2f}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ _VECTOR_DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int16", "in
 def _number_schema(dtype: str) -> dict[str, Any]:
     """The JSON schema of a number of a numpy dtype; those that are not finite are text, since JSON has no number for them."""
     if dtype.startswith("float"):
-        most = float(np.finfo(dtype).max)
+        exact = np.finfo(dtype).max
+        most = max(float(exact), float(str(exact)))  # or as it is written: 3.4028235e+38 is a little more than the float32 it stands for
         return {"anyOf": [{"type": "number", "minimum": -most, "maximum": most}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
     return {"type": "integer", "minimum": int(np.iinfo(dtype).min), "maximum": int(np.iinfo(dtype).max)}
 

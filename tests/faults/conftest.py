@@ -14,6 +14,7 @@ from typing import Any
 
 # Set before ray is imported: a local Ray would otherwise turn authentication on by itself, and leave a token behind.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import harness

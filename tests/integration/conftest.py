@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Set before ray is imported: a local Ray would otherwise turn authentication on by itself, and leave a token behind.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread of Serve's that outlives a module's Ray would start another
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest

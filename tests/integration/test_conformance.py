@@ -50,6 +50,7 @@ def serve(folder: Path) -> Target:
                 assert all(same(one[name], other[name], tolerance=1e-6) for name in pipeline.outputs), f"{one} by itself is {other}"
             return list(together)
         finally:
+            handle.shutdown()  # or its thread goes on when Ray is gone
             ray_serve.delete("conformance")
 
     return run

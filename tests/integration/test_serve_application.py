@@ -87,7 +87,9 @@ def two(serving: str) -> Iterator[tuple[Any, str]]:
     """The pipeline of three groups, deployed: its handle and its URL."""
     from ray import serve
 
-    yield serve.run(hr.serve(TWO, limits=LIMITS), name="two", route_prefix="/two"), serving + "/two"
+    handle = serve.run(hr.serve(TWO, limits=LIMITS), name="two", route_prefix="/two")
+    yield handle, serving + "/two"
+    handle.shutdown()  # or its thread goes on when Ray is gone
     serve.delete("two")
 
 
@@ -249,7 +251,7 @@ def call(endpoint: Endpoint, *rows: dict[str, Any]) -> Any:
     """What a replica answers to rows, as a door would ask it."""
 
     async def ask() -> Any:
-        caller = Caller(endpoint.host, endpoint.port)
+        caller = Caller(endpoint.host, endpoint.port, endpoint.token)
         try:
             return await caller.ask(Work(Content.JSON, Content.JSON), json.dumps({"rows": rows}).encode())
         finally:
@@ -307,7 +309,7 @@ def test_what_was_taken_is_answered_before_a_replica_ends(version: Any, control:
     endpoint = until(lambda: [endpoint for _, group, endpoint in control().values() if group == "embed"])[0]
 
     async def ask() -> Any:
-        caller = Caller(endpoint.host, endpoint.port)
+        caller = Caller(endpoint.host, endpoint.port, endpoint.token)
         answer = asyncio.create_task(caller.ask(Work(Content.JSON, Content.JSON), b'{"words": ["wait4"]}'))
         await asyncio.sleep(0.5)
         deployments.delete("svc-1")

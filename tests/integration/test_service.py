@@ -235,6 +235,24 @@ def test_an_update_and_a_rollback_lose_no_request(served: Served):
     until(lambda: [version["version"] for version in served.get("/status")["versions"]] == [1])
 
 
+def test_a_shadow_answers_nothing_until_it_is_promoted(served: Served):
+    served.write(factor=7)
+    with served.load() as seen:
+        done = served.run("serve", "measure.py", "--replicas", "2", "--shadow", "50%")
+        assert done.returncode == 0, done.stderr
+        number = max(version["version"] for version in served.get("/status")["versions"])
+        count = seen[200, 1]
+        until(lambda: seen[200, 1] > count + 50)
+        assert {version for _, version in seen} == {1}
+        done = served.run("promote", "measure")
+        assert done.returncode == 0, done.stderr
+        until(lambda: seen[200, number] > 20)
+        done = served.run("rollback", "measure")
+        assert done.returncode == 0, done.stderr
+    assert {status for status, _ in seen} == {200}, seen
+    until(lambda: [version["version"] for version in served.get("/status")["versions"]] == [1], 60)
+
+
 def test_a_version_that_cannot_start_changes_nothing_and_says_why(served: Served):
     served.write(setup="raise FileNotFoundError('no weights.bin')")
     with served.load() as seen:
@@ -350,6 +368,14 @@ def test_keys_tls_and_a_gate_at_the_first_version(tmp_path: Path):
         served.start("--host", "0.0.0.0", "--keys", "keys.json", "--tls", "cert.pem,key.pem", "--gate", "golden.parquet")
         assert any("version 1 gate passed" in line for line in served.lines)
         assert [served.ask()[0], served.ask(Authorization=f"Bearer {key}")[0], served.ask(Authorization="Bearer hr_other")[0]] == [401, 200, 401]
+        good = (tmp_path / "keys.json").read_bytes()
+        (tmp_path / "keys.json").write_bytes(good[:-20])
+        (victim,) = served.processes("ray::Control")
+        os.kill(victim, signal.SIGKILL)  # the next one cannot read the keys, and goes on with those that were valid
+        until(lambda: set(served.processes("ray::Control")) - {victim})
+        until(lambda: "damaged" in served.run("top", served.url, "--once", "--json", "--key", key, "--ca", "cert.pem").stdout)
+        assert [served.ask()[0], served.ask(Authorization=f"Bearer {key}")[0]] == [401, 200]
+        (tmp_path / "keys.json").write_bytes(good)
         assert served.run("keys", "revoke", "me", "--file", "keys.json").returncode == 0
         until(lambda: served.ask(Authorization=f"Bearer {key}")[0] == 401)
     finally:

@@ -122,7 +122,7 @@ class Embed:
 
 
 PIPELINE = hr.Pipeline("p", clean, Embed())
-STEPS = st.lists(st.sampled_from(["put", "put", "alone", "begin", "begin", "end", "end", "cancel", "raise"]), max_size=80)
+STEPS = st.lists(st.sampled_from(["put", "put", "alone", "begin", "begin", "end", "end", "told", "cancel", "raise"]), max_size=80)
 
 
 class Run:
@@ -131,6 +131,7 @@ class Run:
     def __init__(self, threads):
         self.floor = Floor(PIPELINE.stages, writes=["n", "y"], limits=Limits(), threads=threads)
         self.under_way, self.jobs, self.answered, self.wake = [], [], {}, SimpleQueue()
+        self.untold = []  # answers that are still in the process
 
     def put(self, lengths, priority, alone):
         at = len(self.jobs)
@@ -146,9 +147,16 @@ class Run:
             self.under_way.append((station, free[0], call))
             jobs = {share.job for _, _, other in self.under_way for share in other.shares}
             assert len(jobs) == 1 or not any(job.alone for job in jobs)
+            assert not any(job.alone and job not in jobs for job in self.untold)
+
+    def tell(self):
+        for job in self.untold:
+            self.floor.release(job)
+        self.untold.clear()
 
     def finish(self):
         for _ in range(400):
+            self.tell()
             for at in (0, 1):
                 self.begin(at)
             if not self.under_way:
@@ -160,6 +168,7 @@ class Run:
             return set()
         job = self.jobs[at % len(self.jobs)]
         self.floor.cancel([job])
+        self.untold = [other for other in self.untold if other is not job]
         return {job.number} - self.answered.keys()
 
     def fail(self):
@@ -167,6 +176,7 @@ class Run:
             return set()
         station, seat, call = self.under_way.pop()
         self.floor.end(station, seat, call)
+        self.untold += {share.job for share in call.shares}
         return {share.job.number for share in call.shares} - self.answered.keys()
 
     def end(self, at):
@@ -187,6 +197,7 @@ class Run:
             if station.at:
                 table, start, stop = job.data
                 self.answered[job.number] = table["n"].to_pylist()[start:stop]
+                self.untold.append(job)
             else:
                 job.measured(measure(PIPELINE.stages[1], assemble([job.data])))
         if complete and not station.at:
@@ -204,6 +215,8 @@ def test_a_floor_answers_every_request_once_in_order_and_those_alone_by_themselv
                 run.begin(data.draw(st.integers(0, 1)))
             case "end":
                 run.end(data.draw(st.integers(0, 5)))
+            case "told":
+                run.tell()
             case "cancel":
                 gone |= run.cancel(data.draw(st.integers(0, 99)))
             case "raise":

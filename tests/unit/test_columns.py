@@ -16,7 +16,7 @@ from headrace.errors import DefinitionError
 UTC_US = pa.timestamp("us", tz="UTC")
 NOON = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
 BASE64 = {"type": "string", "contentEncoding": "base64", "pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"}
-LARGEST = {16: 65504.0, 32: 3.4028234663852886e38, 64: 1.7976931348623157e308}
+LARGEST = {16: 65504.0, 32: 3.4028235e38, 64: 1.7976931348623157e308}  # of float32 as JSON writes it, which is a little more than the number
 FLOATS = {
     bits: {"anyOf": [{"type": "number", "minimum": -most, "maximum": most}, {"enum": ["NaN", "Infinity", "-Infinity"]}]} for bits, most in LARGEST.items()
 }

@@ -1,7 +1,9 @@
 """A replica's server: frames in, frames out, over real sockets."""
 
 import asyncio
+import contextlib
 import threading
+import time
 
 import orjson
 import pyarrow as pa
@@ -390,6 +392,110 @@ def test_a_door_that_talks_nonsense_is_cut_off_and_others_are_not(send):
 
     with serving(SHOUT) as server:
         assert visit(server, lambda bad, good: quietly(scenario(bad, good)), peers=2) == {"loud": "A"}
+
+
+@contextlib.contextmanager
+def sleepy():
+    """A service of a function that sleeps x seconds, and the threads in which it was called."""
+    names = []
+
+    @hr.stage(out={"y": float}, name="sleepy")
+    def sleepy(x: hr.Column[float]):
+        names.append(threading.current_thread().name)
+        time.sleep(float(x[0]))
+        return {"y": x}
+
+    with serving(hr.Pipeline("sleepy", sleepy)) as server:
+        yield server, names
+
+
+def test_quick_functions_are_called_by_the_loop_until_one_turns_out_slow():
+    async def scenario(peer):
+        for _ in range(4):
+            await peer.call({"x": 0.0})
+        assert set(names) == {"headrace-station"}  # it is not known yet that they are quick
+        while names[-1] != "headrace-loop":  # as soon as the machine has a moment
+            assert len(names) < 5_000
+            await peer.call({"x": 0.0})
+        await peer.call({"x": 0.05})
+        count = len(names)
+        for _ in range(10):
+            await peer.call({"x": 0.0})
+        assert set(names[count:]) == {"headrace-station"}
+
+    with sleepy() as (server, names):
+        visit(server, scenario)
+
+
+def test_slow_ones_are_not():
+    async def scenario(peer):
+        for _ in range(12):
+            await peer.call({"x": 0.002})
+
+    with sleepy() as (server, names):
+        visit(server, scenario)
+    assert set(names) == {"headrace-station"}
+
+
+def test_a_request_that_is_to_be_announced_is_not():
+    async def scenario(peer):
+        for _ in range(20):
+            await peer.call({"x": 0.0}, alone=True)
+
+    with sleepy() as (server, names):
+        visit(server, scenario)
+    assert set(names) == {"headrace-station"}
+
+
+def test_others_begin_when_the_answer_of_one_that_was_alone_is_out_of_the_process(monkeypatch):
+    gate, out = Gate(batch=1), threading.Event()
+    monkeypatch.setattr(hearing.Connection, "written", lambda connection: out.is_set())
+
+    async def scenario(peer):
+        gate.open.set()
+        first, second = peer.ask({"x": 1}, alone=True), peer.ask({"x": 2})
+        assert await peer.answers(1) == {first: {"y": 2}}
+        await asyncio.sleep(0.05)
+        assert gate.calls == [[1]]
+        out.set()
+        return await peer.answers(1) == {second: {"y": 4}}
+
+    with serving(gate.pipeline) as server:
+        assert visit(server, scenario)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda peer: peer.ask({"text": "a"}),
+        lambda peer: peer.send(Kind.PING),
+        lambda peer: peer.send(Kind.HELLO, head=("another",)),
+        lambda peer: peer.send(Kind.HELLO, head=()),
+        lambda peer: peer.send(Kind.HELLO, head=(7,)),
+        lambda peer: peer.send(Kind.HELLO, head=7),
+        lambda peer: peer.writer.write(b"".join(encode(Kind.WORK, 1, (), b"x" * 5_000))[:2_000]),
+        lambda peer: None,
+    ],
+)
+def test_whoever_does_not_name_the_token_is_cut_off(send, monkeypatch):
+    monkeypatch.setattr(hearing, "_UNKNOWN_S", 0.5)
+
+    async def scenario(stranger, door):
+        send(stranger)
+        door.send(Kind.HELLO, head=("secret",))
+        assert await ended(stranger)  # and was not told anything
+        return await door.call({"text": "a"})
+
+    with serving(SHOUT, token="secret") as server:
+        assert visit(server, lambda stranger, door: quietly(scenario(stranger, door)), peers=2) == {"loud": "A"}
+
+
+async def ended(peer):
+    """Whether the connection ends before anything is heard."""
+    try:
+        return await asyncio.wait_for(peer.reader.read(1), 20) == b""
+    except ConnectionResetError:
+        return True
 
 
 async def quietly(steps):

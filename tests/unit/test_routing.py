@@ -235,7 +235,7 @@ def test_a_request_that_kills_its_replicas_is_answered_so(evidence: str, monkeyp
     run(test)
 
 
-def test_with_others_beside_it_a_suspect_has_to_be_there_a_third_time(monkeypatch: pytest.MonkeyPatch):
+def test_a_suspect_is_convicted_at_its_second_death_and_not_those_whose_turn_had_not_come(monkeypatch: pytest.MonkeyPatch):
     async def test():
         monkeypatch.setattr(words, "read", lambda pid: "Fatal Python error")
 
@@ -245,7 +245,7 @@ def test_with_others_beside_it_a_suspect_has_to_be_there_a_third_time(monkeypatc
             else:
                 deadly(call)
 
-        replicas = [FakeReplica(str(at), behave, pid=1) for at in range(3)]
+        replicas = [FakeReplica(str(at), behave, pid=1) for at in range(2)]
         async with service(replicas[0]) as door:
             link = door.fleet.versions[1].pools[0].links[replicas[0].endpoint]
             innocent = begin(door, body=b'"innocent"')
@@ -253,17 +253,13 @@ def test_with_others_beside_it_a_suspect_has_to_be_there_a_third_time(monkeypatc
             suspect = Hop(Journey(door.now() + 10), b'"guilty"', Content.JSON, Content.JSON, alone=True, deaths=1)
             link.send(suspect)
             await replicas[0].got(2)
-            await until(lambda: door.fleet.versions[1].waiting() == 2)
+            failure = await suspect.future
             assert suspect.deaths == 2
-            for hop in list(link.hops.values()):
-                assert hop.alone
+            assert (failure.status, failure.code) == (500, "deadly_row")
+            await until(lambda: door.fleet.versions[1].waiting() == 1)
             await replicas[1].open()
             door.update(routes(version(1, [replicas[1]]), revision=2))
-            failure = await suspect.future
-            assert (failure.status, failure.code) == (500, "deadly_row")
-            await replicas[2].open()
-            door.update(routes(version(1, [replicas[2]]), revision=3))
-            call = await replicas[2].got(1)
+            call = await replicas[1].got(1)
             assert call.value == "innocent" and call.work.alone
             call.done()
             assert (await innocent).status == 200
@@ -376,7 +372,7 @@ def test_of_a_call_that_takes_far_too_long_another_replica_is_asked_as_well(firs
             assert not second.calls
             await hear(door, slow, 4.1)
             calls = [await second.got(1), await second.got(2)]
-            assert not any(call.work.alone for call in calls)
+            assert all(call.work.alone for call in calls)  # one of them may be to blame for the other
             assert [link.endpoint.replica for link in door.fleet.versions[1].pools[0].usable] == ["second"]
             assert door.report().hung == ()
             if first == "itself":

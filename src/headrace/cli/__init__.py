@@ -24,6 +24,7 @@ from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
 from headrace.cli.keys import keys
+from headrace.cli.promote import promote
 from headrace.cli.replay import replay
 from headrace.cli.rollback import rollback
 from headrace.cli.run import run
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(serve)
+app.command()(promote)
 app.command()(rollback)
 app.command()(stop)
 app.command()(top)

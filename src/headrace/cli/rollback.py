@@ -17,4 +17,4 @@ def rollback(name: Service, address: Address = None, verbose: Verbose = False) -
     """Let the version before answer again, at once. A version that is about to take over is taken back."""
     from headrace.on_ray import service  # loads ray
 
-    service.rollback(name, where=service.Where(address, verbose=verbose), tell=tell)
+    service.command(name, "rollback", where=service.Where(address, verbose=verbose), tell=tell)

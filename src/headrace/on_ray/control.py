@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 import time
@@ -48,6 +49,17 @@ class Charge:
         """The same for a service of that name."""
         return f"control/{service}"
 
+    @property
+    def kept_keys(self) -> str:
+        """Where in Ray's store the keys that were valid last are kept."""
+        return f"{self.kept}/keys"
+
+    @staticmethod
+    def forget(service: str) -> None:
+        """Take away what is kept for a service of that name."""
+        for key in (Charge.key(service), f"{Charge.key(service)}/keys"):
+            compat.remember(key, None)
+
 
 class Control:
     """The actor. Its methods are short and run on one event loop; deciding and talking to Serve have a thread each, since both may block.
@@ -64,8 +76,8 @@ class Control:
         self._hurry, self._work, self._stopped = threading.Event(), threading.Event(), threading.Event()
         self._serve: Mapping[str, Mapping[str, deployments.Deployed]] = {}
         self._doomed: set[str] = set()
-        self._lent: Mapping[str, float] = {}
-        self._hashes: Mapping[str, str] | None = None
+        self._hashes, self._lent = self._recall_keys()
+        self._troubles = {"keys": "", "serve": ""}
         self._kept: tuple[float, object] = (0.0, None)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: asyncio.Event | None = None
@@ -137,7 +149,8 @@ class Control:
 
     async def lend(self, digest: str) -> None:
         """Let a key in for `_LENT_S`, by its SHA-256: the gate's own."""
-        self._lent = {**{name: at_s for name, at_s in self._lent.items() if at_s > time.monotonic()}, digest: time.monotonic() + _LENT_S}
+        self._lent = {**{name: until_s for name, until_s in self._lent.items() if until_s > time.time()}, digest: time.time() + _LENT_S}
+        self._keep_keys()
         self._hurry.set()
 
     async def ended(self) -> bool:
@@ -228,10 +241,10 @@ class Control:
             self._delete(retired, strays)
             self._kill(doomed)
         except (deployments.OutOfReach, ray.exceptions.RayError) as error:
-            self._trouble(str(error).partition("\n")[0])
+            self._trouble("serve", str(error).partition("\n")[0])
             self._stopped.wait(_TICK_S)
         else:
-            self._trouble("")
+            self._trouble("serve", "")
 
     def _delete(self, retired: tuple[int, ...], strays: set[int]) -> None:
         """End what is retired, and forget it once it is gone."""
@@ -267,9 +280,10 @@ class Control:
                     found[version.number] = (3 if has.failed else 1, f"{group}: {has.failed or has.trouble}")
         return found
 
-    def _trouble(self, text: str) -> None:
+    def _trouble(self, source: str, text: str) -> None:
         with self._lock:
-            self._steering.trouble = text
+            self._troubles[source] = text
+            self._steering.trouble = "; ".join(filter(None, self._troubles.values()))
 
     def _keep(self, *, at_once: bool) -> None:
         now_s = time.monotonic()
@@ -283,13 +297,25 @@ class Control:
         """The hashes of valid keys, None where none are asked for; those of before while the file is damaged."""
         if self._keys is None:
             return None
-        if self._hashes is None or self._keys.changed():
+        if self._keys.changed():
             try:
                 self._hashes = self._keys.hashes()
             except KeyFileError as error:
-                self._trouble(str(error))
-        lent = {digest: "gate" for digest, until_s in self._lent.items() if until_s > time.monotonic()}
-        return {**(self._hashes or {}), **lent}
+                self._trouble("keys", str(error))
+            else:
+                self._trouble("keys", "")
+                self._keep_keys()
+        lent = {digest: "gate" for digest, until_s in self._lent.items() if until_s > time.time()}
+        return {**self._hashes, **lent}
+
+    def _keep_keys(self) -> None:
+        """Hashes only; so that a control that starts again while the file is damaged lets the same ones in."""
+        compat.remember(self.charge.kept_keys, json.dumps({"hashes": self._hashes, "lent": self._lent}).encode())
+
+    def _recall_keys(self) -> tuple[dict[str, str], dict[str, float]]:
+        """The keys that were valid last, by their hashes, and until when (seconds since 1970) the lent ones are."""
+        kept = json.loads(compat.recall(self.charge.kept_keys) or b"{}")
+        return kept.get("hashes", {}), kept.get("lent", {})
 
     def _name(self, version: int) -> str:
         return application_name(self.charge.service, version)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import sys
 import threading
 import time
@@ -180,9 +181,17 @@ class GroupReplica:
         threads = max(1, int(task.hardware.cpus))
         limit_threads(threads)
         lone = 1 if any(stage.is_model for stage in stages) else threads  # beside a model, which has all of them, functions have one
+        token = secrets.token_hex(32)
         try:
             self.server = ReplicaServer(
-                stages, reads=self.reads, carries=carries, group=task.group, device=task.hardware.device, limits=terms.limits, threads=lone
+                stages,
+                reads=self.reads,
+                carries=carries,
+                group=task.group,
+                device=task.hardware.device,
+                limits=terms.limits,
+                threads=lone,
+                token=token,
             )
             self._warm_up()
         except StageError as error:
@@ -190,8 +199,8 @@ class GroupReplica:
         limit_threads(threads)  # again, for the libraries that were loaded meanwhile
         # Where doors may be on other machines; a Ray of our own has loopback for its only address.
         host, port = self.server.start("127.0.0.1" if terms.service is None else compat.node_address())
-        self.endpoint = Endpoint(deployments.own_id(), host, port, ray.get_runtime_context().get_node_id(), os.getpid())
-        self.caller = Caller(host, port)
+        self.endpoint = Endpoint(deployments.own_id(), host, port, ray.get_runtime_context().get_node_id(), os.getpid(), token)
+        self.caller = Caller(host, port, token)
         if terms.service is not None:
             threading.Thread(target=self._announce, args=(terms.service,), name="headrace-announce", daemon=True).start()
 

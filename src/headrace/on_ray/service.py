@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -112,16 +112,16 @@ def serve(service: Service, *, tell: Tell) -> None:
             _stay(service, tell, stopped)
 
 
-def rollback(service: str, *, where: Where, tell: Tell) -> None:
-    """Let the version before answer again, at once; a version that is about to take over is taken back.
+def command(service: str, name: Literal["promote", "rollback"], *, where: Where, tell: Tell) -> None:
+    """Let the version that is being brought in answer everything, or take it back; without one, a rollback lets the version before answer again.
 
     Raises:
-        ServingError: there is no such service, or no version to go back to.
+        ServingError: there is no such service, or no such version.
     """
     with _found(service, where):
         control = control_of(service)
         _, told = get(control.latest.remote())
-        get(control.command.remote("rollback"))
+        get(control.command.remote(name))
         for _, event in get(control.events.remote(told, 3.0)):
             tell(str(event))
 
@@ -155,7 +155,7 @@ def _stay(service: Service, tell: Tell, stopped: _Stop) -> None:
     face, drain_s = service.face, service.limits.deadline_s
     with contextlib.ExitStack() as during:
         port = during.enter_context(_reserved(face.host, face.port))  # an address that is taken is told before Ray starts
-        has = during.enter_context(cluster.connected(verbose=service.where.verbose, promises=PROMISES))
+        has = during.enter_context(cluster.connected(verbose=service.where.verbose, promises=PROMISES, urgent=True))
         stopped.listen()
         pipes = during.enter_context(Pipes(face.doors, sys.stdout.buffer)) if face.log else None
         url = _begin(service, has, port, pipes.pattern if pipes else "", tell, stopped)
@@ -173,7 +173,7 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     name, face = service.name, service.face
     url = face.url(port, compat.node_address())
     keys, ca = None if face.keys is None else str(face.keys.resolve()), None if face.tls is None else face.tls[0]
-    compat.remember(Charge.key(name), None)  # what a service of this name left that was killed
+    Charge.forget(name)  # what a service of this name left that was killed
     _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca))
     listening = Listening(name, face.host, port, face.tls, logs if face.log else None)
     doors = [_actor(FrontDoor, door_name(name, number), 4).remote(listening, number) for number in range(face.doors)]
@@ -266,7 +266,7 @@ def _end(name: str) -> None:
     for actor in actors:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(actor)
-    compat.remember(Charge.key(name), None)
+    Charge.forget(name)
     if not _running() and not deployments.deployed():
         deployments.end_serve()
 

@@ -12,13 +12,17 @@ LATENCY_BOUNDS_S = tuple(0.0005 * 1.2**step for step in range(72))
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A replica of a group: its id, and where it listens. `node` and `pid` say which process it is."""
+    """A replica of a group: its id, and where it listens. `node` and `pid` say which process it is.
+
+    `token` is what it asks of whoever connects, since others than doors may reach its port; "" where it asks for none.
+    """
 
     replica: str
     host: str
     port: int
     node: str = ""
     pid: int = 0
+    token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

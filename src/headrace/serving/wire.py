@@ -33,6 +33,8 @@ class Kind(enum.IntEnum):
     """Door to replica: nobody waits for this request any more []."""
     PING = 3
     """Door to replica: are you there? []"""
+    HELLO = 4
+    """Door to replica, first of all where the replica asks for it: the token of its `Endpoint` [token]."""
     DONE = 16
     """Replica to door: the answer [rows, queue_s, wait_s, compute_s, batch_rows]. See `Done`."""
     FAIL = 17
@@ -159,6 +161,11 @@ class Decoder:
         if at < size:
             self._pieces.append(data[at:] if at else data)
         self._have = size - at
+
+    @property
+    def pending(self) -> int:
+        """Bytes that are held, since the frame they belong to is not complete."""
+        return self._have
 
     def _wanted(self) -> int:
         first = self._pieces[0]

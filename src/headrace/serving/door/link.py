@@ -140,6 +140,8 @@ class Link(asyncio.Protocol):
         self.unanswered = 0
         here, there = (transport.get_extra_info(name) for name in ("sockname", "peername"))
         self.local = bool(here and there and here[0] == there[0])
+        if self.endpoint.token:
+            self._write(encode(Kind.HELLO, head=(self.endpoint.token,)))
         self.ping()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -71,12 +71,12 @@ class Retries:
             return None
         return asking.result() if not asking.cancelled() and asking.exception() is None else None
 
-    def verdict(self, hop: Hop, words: str | None, *, enough: int = 2) -> Failure | None:
+    def verdict(self, hop: Hop, words: str | None) -> Failure | None:
         """What to answer to a request in whose computation, alone, a replica died; None to try it again.
 
-        `words` are what shows that the process ended by its own doing, if anything does; `enough` deaths convict then.
+        `words` are what shows that the process ended by its own doing, if anything does; then a second death convicts.
         """
-        if words is not None and hop.deaths >= enough:
+        if words is not None and hop.deaths >= 2:
             said = words.strip()[:1_000]
             return Failure(500, "deadly_row", f"the request ended the process that computed it, {hop.deaths} times; of the last one is known: {said}")
         if hop.deaths >= MOST_DEATHS:

@@ -199,12 +199,11 @@ class Pool:
 
         Otherwise somebody else has killed it, or the machine is gone; after several such deaths of the same request that is less sure.
         """
-        others = any(not hop.alone for hop in hops)  # one's answer may have been on its way when another began
         for hop in hops:
             if hop.future.done() or hop.drop():
                 continue
             hop.deaths += hop.started or not hop.alone
-            verdict = self._retries.verdict(hop, words if hop.alone and hop.started else None, enough=3 if others else 2)
+            verdict = self._retries.verdict(hop, words if hop.alone and hop.started else None)
             if verdict is not None:
                 hop.settle(verdict)
                 continue
@@ -258,7 +257,8 @@ class Pool:
         """Have another replica compute the request as well; what is done first is the answer."""
         if hop.twin is not None or hop.alone or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
             return
-        twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept)
+        # Alone: of those that hang together one may be to blame, and would take the others with it again.
+        twin = hop.twin = Hop(hop.journey, hop.body, hop.content, hop.accept, alone=True)
         twin.twin = hop
         hop.journey.patient = True
         hop.journey.retries += 1

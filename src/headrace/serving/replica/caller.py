@@ -15,8 +15,8 @@ LOST = Failure(503, "unavailable", "the replica ended before it had answered")
 class Caller(asyncio.Protocol):
     """Asks the replica that listens at an address. It connects when it is first asked, and again when the connection is lost; lives on one loop."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._address = host, port
+    def __init__(self, host: str, port: int, token: str = "") -> None:
+        self._address, self._token = (host, port), token
         self._asked: dict[int, asyncio.Future[memoryview | Failure | Busy]] = {}
         self._numbers = itertools.count(1)
         self._decoder = Decoder()
@@ -50,6 +50,8 @@ class Caller(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
         self._transport, self._decoder = cast(asyncio.Transport, transport), Decoder()  # uvloop's is no subclass
+        if self._token:
+            self._send(encode(Kind.HELLO, head=(self._token,)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio has it."""

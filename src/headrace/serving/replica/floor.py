@@ -1,7 +1,8 @@
 """The floor of a replica: who waits at which station, and what each call takes. One lock, no threads of its own.
 
 Requests pass the stations in order. A station's call begins whenever one of its threads is free and something waits, except that a request
-that asks to be `alone` is computed with nothing beside it in the whole process: should the process die meanwhile, it was that request.
+that asks to be `alone` is computed with nothing beside it in the whole process, and others begin when its answer is out of it: should the
+process die meanwhile, it was that request.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow as pa
 from headrace.batching import BatchRule, Rows, Tokens
 from headrace.lineage import Fault
 from headrace.serving.replica.jobs import Cut, Job, Share
-from headrace.serving.replica.queue import Line, Pace
+from headrace.serving.replica.queue import Line, Pace, Taken
 from headrace.serving.routes import Limits
 from headrace.stage import Stage
 from headrace.worker import Worker
@@ -44,14 +45,15 @@ class Station:
 
     `passes` are the columns that are needed after it. `fresh` are requests of unknown length, which a token budget asks for. `backlog` is
     the cost of all requests of the replica that are still to pass here, `busy` the part of it that calls hold; cost is rows, or bytes of
-    the body where rows differ in length. `since` is when each thread's call began, 0 while there is none; `free` are the threads that wait.
+    the body where rows differ in length. `since` is when the call of each of its `threads` began, 0 while there is none, and
+    last that of the sockets' own; `free` are the threads that wait.
     """
 
     at: int
     stages: tuple[Stage, ...]
     rule: BatchRule
     passes: frozenset[str]
-    since: list[float]
+    threads: int
     line: Line
     pace: Pace = field(default_factory=Pace)
     fresh: list[Job] = field(default_factory=list)
@@ -59,6 +61,10 @@ class Station:
     workers: list[Worker] = field(default_factory=list)
     backlog: float = 0.0
     busy: float = 0.0
+    since: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = [0.0] * (self.threads + 1)
 
     def cost(self, job: Job) -> float:
         """Of one row of it."""
@@ -79,7 +85,7 @@ class Station:
     @property
     def wait_s(self) -> float:
         """How long it takes to compute all that is to pass here."""
-        return self.pace.wait_s(self.backlog) / len(self.since)
+        return self.pace.wait_s(self.backlog) / self.threads
 
     @property
     def shrink(self) -> int:
@@ -122,7 +128,7 @@ class Floor:
             first, model = run[0].batch, run[0].is_model
             rule = first if isinstance(first, Tokens) else Rows(min(stage.batch.count for stage in run if isinstance(stage.batch, Rows)))
             following = {name for later in runs[at + 1 :] for stage in later for name in stage.reads}
-            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), [0.0] * (1 if model else threads), Line(rule)))
+            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), 1 if model else threads, Line(rule)))
         models = [station for station in self.stations if station.model]
         self._counted = models or self.stations
 
@@ -172,7 +178,14 @@ class Floor:
         """Nobody waits for these any more. What a call holds of them is computed and thrown away."""
         with self._lock:
             for job in jobs:
+                job.answered = True
                 self._close(job)
+
+    def release(self, job: Job) -> None:
+        """Let others begin: a request that was `alone` has its answer, or needs none."""
+        with self._lock:
+            job.answered = True
+            self._free_floor()
 
     def queued(self) -> int:
         """Requests that no call has begun on."""
@@ -182,6 +195,18 @@ class Floor:
         """For how long the oldest call has been under way."""
         since = [began_s for station in self.stations for began_s in station.since if began_s]
         return max(0.0, time.perf_counter() - min(since)) if since else 0.0
+
+    def put_here(self, job: Job) -> Call | None:
+        """Let a request in that the caller will compute itself, as a call of the first station; None if others are to compute it."""
+        now_s, station = time.perf_counter(), self.stations[0]
+        with self._lock:
+            if station.line or self._alone or self._next_alone or self.closing or job.closed or job.deadline_s <= now_s:
+                self._let_in(job, now_s)
+                station.wake()
+                return None
+            self._let_in(job, now_s)
+            taken = station.line.take(now_s)
+            return self._begin(station, station.threads, taken, now_s)
 
     # For the threads of the stations
 
@@ -202,19 +227,10 @@ class Floor:
                 self._close(job)
             if not taken.shares:
                 return None, taken.expired, False
-            cost = 0.0
-            for job, rows in taken.shares:
-                if not job.began_s:
-                    job.began_s = now_s
-                    job.queue_s += (job.passed_s or now_s) - job.queued_s
-                    job.wait_s += now_s - (job.passed_s or now_s)
-                cost += station.cost(job) * len(rows)
-            station.busy += cost
-            station.since[seat] = now_s
-            self._running += 1
+            call = self._begin(station, seat, taken, now_s)
             if line:
                 station.wake()
-            return Call(taken.shares, taken.filled, cost), taken.expired, False
+            return call, taken.expired, False
 
     def end(self, station: Station, seat: int, call: Call) -> None:
         """A call came to nothing; its requests are closed."""
@@ -295,6 +311,19 @@ class Floor:
 
     # With the lock
 
+    def _begin(self, station: Station, seat: int, taken: Taken, now_s: float) -> Call:
+        cost = 0.0
+        for job, rows in taken.shares:
+            if not job.began_s:
+                job.began_s = now_s
+                job.queue_s += (job.passed_s or now_s) - job.queued_s
+                job.wait_s += now_s - (job.passed_s or now_s)
+            cost += station.cost(job) * len(rows)
+        station.busy += cost
+        station.since[seat] = now_s
+        self._running += 1
+        return Call(taken.shares, taken.filled, cost)
+
     def _let_in(self, job: Job, now_s: float) -> None:
         if not job.closed:
             self._held_bytes += job.size
@@ -362,7 +391,7 @@ class Floor:
         """Have others go on when a request that was alone is done with, or the next one begin when all others are."""
         if self._running:
             return
-        if self._alone is not None and self._alone.closed:
+        if self._alone is not None and self._alone.closed and self._alone.answered:
             self._alone = None
             self._wake_all()
         elif self._alone is None and self._next_alone is not None:

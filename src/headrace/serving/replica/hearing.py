@@ -6,6 +6,7 @@ import array
 import asyncio
 import dataclasses
 import fcntl
+import hmac
 import socket
 import termios
 import threading
@@ -17,13 +18,16 @@ from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Stats,
 
 _HIGH_BYTES = 4 << 20  # of answers that a door has not taken: from there on nothing more is read from it
 _DEAF_S = 30.0  # a door that takes no answers for so long is cut off
+_UNKNOWN_S, _UNKNOWN_BYTES = 5.0, 1024  # how long, and for how much, who has not named the token is listened to
 _TOLD_S = 2.0  # a door that does not take even this for so long is cut off, too
 
-_REFUSED = (ValueError, TypeError)  # what a frame that makes no sense raises
+_REFUSED = (ValueError, TypeError, AttributeError)  # what a frame that makes no sense raises
 
 
 class Owner(Protocol):
-    """The replica."""
+    """The replica. `token` is what a door must name before anything else, "" if it need not."""
+
+    token: str
 
     def take(self, job: Job, body: memoryview, content: Content) -> None:
         """A request came. It ends with `Connection.answer`."""
@@ -47,7 +51,7 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """A connection to a door, and the requests that came over it; lives on the replica's loop.
 
-    A door that sends what is no frame is cut off. What is sent within one step is written at once.
+    A door that sends what is no frame, or does not name the replica's token first, is cut off. What is sent within one step is written at once.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -58,19 +62,25 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes | memoryview] = []
         self._pinged = False
         self._deaf: asyncio.TimerHandle | None = None
+        self._known = not owner.token
+        self._unknown: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         self.transport.set_write_buffer_limits(high=_HIGH_BYTES)
         self.open = True
-        self._owner.opened(self)
+        if self._known:
+            self._owner.opened(self)
+        else:
+            self._unknown = asyncio.get_running_loop().call_later(_UNKNOWN_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio has it."""
         self.open = False
-        if self._deaf is not None:
-            self._deaf.cancel()
+        for timer in (self._deaf, self._unknown):
+            if timer is not None:
+                timer.cancel()
         jobs = list(self.jobs.values())
         self.jobs.clear()
         self._owner.cancel(jobs)
@@ -81,6 +91,8 @@ class Connection(asyncio.Protocol):
         try:
             for frame in self._decoder.feed(data):
                 self._hear(frame)
+            if not self._known and self._decoder.pending > _UNKNOWN_BYTES:
+                raise ValueError("a stranger that begins a large frame")
         except _REFUSED:
             self.transport.abort()
         self._owner.taken()
@@ -158,7 +170,15 @@ class Connection(asyncio.Protocol):
         return not pending[0]
 
     def _hear(self, frame: Frame) -> None:
-        if frame.kind is Kind.WORK:
+        if not self._known:
+            (token,) = frame.head
+            if frame.kind is not Kind.HELLO or not hmac.compare_digest(token.encode(), self._owner.token.encode()):
+                raise ValueError("a stranger")
+            assert self._unknown is not None
+            self._unknown.cancel()
+            self._known = True
+            self._owner.opened(self)
+        elif frame.kind is Kind.WORK:
             content, accept, left_s, priority, alone, _, _ = frame.head
             if frame.number in self.jobs:
                 raise ValueError(f"two requests of the number {frame.number}")
@@ -173,5 +193,7 @@ class Connection(asyncio.Protocol):
                 self._owner.cancel([self.jobs.pop(frame.number)])
         elif frame.kind is Kind.PING:
             self._pinged = True
+        elif frame.kind is Kind.HELLO:
+            pass  # of a door that thinks it is asked for a token
         else:
             raise ValueError(f"a door does not send {frame.kind.name}")

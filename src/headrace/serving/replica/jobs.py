@@ -48,7 +48,8 @@ Answer = bytes | memoryview | Failure | Busy
 class Job:
     """A request that the replica has taken, on its way from station to station.
 
-    `owner` is who asked, under `number`. `incoming` is the parsed body, `data` its rows as the current station reads them; only requests of
+    `owner` is who asked, under `number`. One that is `alone` is computed with nothing beside it; it is `answered` when the door's answer is
+    with the system, or nobody waits for one. `incoming` is the parsed body, `data` its rows as the current station reads them; only requests of
     the same `group` may share a call.
     Of the current station are: `at`, its place, -1 before the first; `taken` and `done`, rows that calls hold or held, and that are computed;
     `left`, for a token budget, the rows not taken with the `widths` of each; `parts`, what came out; `passed_s`, when a call that could have
@@ -70,6 +71,7 @@ class Job:
     group: tuple[Any, ...] = ()
     data: Cut | None = None
     closed: bool = False
+    answered: bool = False
     started: bool = False
     at: int = -1
     queued_s: float = 0.0

@@ -33,6 +33,7 @@ UNREADABLE = Failure(500, "internal", "the body could not be read, which is a mi
 _LIMITS = Limits()
 _LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
 _PONG_S = 1.0
+_OUT_S = 2.0  # a door that does not take an answer for so long does not keep others waiting
 _RETRY_S = 0.05  # for requests that come while draining
 _SWITCH_S = 0.0005
 _WARM_S = 600.0
@@ -44,6 +45,7 @@ class ReplicaServer:
     """Stages that answer requests over sockets. Making one sets the stages up; `start` opens the port.
 
     `reads` are the columns of requests, `carries` those of answers. Functions run in `threads` threads, a model in one.
+    `token` is what whoever connects must name first, "" for none.
 
     Raises:
         StageError: a stage cannot be set up.
@@ -59,7 +61,9 @@ class ReplicaServer:
         device: str = "cpu",
         limits: Limits = _LIMITS,
         threads: int = 1,
+        token: str = "",
     ) -> None:
+        self.token = token
         self._reads, self._carries = dict(reads), dict(carries)
         self._codec = Codec(reads, carries, rows=limits.rows)
         self._floor = Floor(stages, writes=carries, limits=limits, threads=threads)
@@ -72,6 +76,7 @@ class ReplicaServer:
         self._connections: set[Connection] = set()
         self._new: list[Job] = []
         self._touched: set[Connection] = set()  # with something to write
+        self._lone: list[Job] = []  # that were answered since the last writing
         self._draining = False
         self._turns_s = sys.getswitchinterval()
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
@@ -187,10 +192,18 @@ class ReplicaServer:
         """All that came at once was given to `take`."""
         if self._new:
             new, self._new = self._new, []
-            self._floor.put(new)
+            self._called = True  # by itself: what is delivered meanwhile is sent here
+            if len(new) > 1 or not self._stations.compute_here(new[0]):
+                self._floor.put(new)
+            self._called = False
+            self._send_answers()
         for connection in self._touched:
             connection.flush()
         self._touched.clear()
+        if self._lone:
+            lone, self._lone = self._lone, []
+            for job in lone:
+                self._release(job, time.perf_counter() + _OUT_S)
 
     def cancel(self, jobs: list[Job]) -> None:
         """Nobody waits for these any more."""
@@ -268,15 +281,28 @@ class ReplicaServer:
     def _answer(self, job: Job, answer: Answer) -> None:
         if job.owner is None:
             self._warm.put((job, answer))
-        elif job.owner.answer(job, answer):
-            self._touched.add(job.owner)
+        else:
+            if job.owner.answer(job, answer):
+                self._touched.add(job.owner)
+            if job.alone:
+                self._lone.append(job)
+
+    def _release(self, job: Job, until_s: float) -> None:
+        """Let others begin once the answer is with the system, which delivers it whatever becomes of this process."""
+        if job.owner.written() or time.perf_counter() > until_s:
+            self._floor.release(job)
+        else:
+            asyncio.get_running_loop().call_later(0.001, self._release, job, until_s)
 
     def _send(self) -> None:
         self._called = False
+        self._send_answers()
+        self.taken()
+
+    def _send_answers(self) -> None:
         while self._answers:
             for job, answer in self._answers.popleft():
                 self._answer(job, answer)
-        self.taken()
 
     def _drain(self, idle: threading.Event) -> None:
         if not self._draining:

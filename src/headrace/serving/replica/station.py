@@ -3,6 +3,9 @@
 A model is a station with one thread of its own, in which it is set up and called; neighbouring functions share one, so that the loop of
 the sockets never computes. A thread that is free takes what is there at once: nobody waits for company while there is nothing to wait
 for. What arrives meanwhile goes into the next call. Between stations go tables, not copies.
+
+There is one exception. Where all stages are functions, whose calls have been shown to take less time than it takes to wake a thread and be
+woken by it, the loop computes a small request that comes alone itself (`compute_here`). A first call that takes longer ends that for a while.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Protocol
 
-from headrace.batching import Tokens
+from headrace.batching import Rows, Tokens
 from headrace.errors import StageError
 from headrace.serving.bodies.codec import Codec
 from headrace.serving.replica import lean
@@ -29,6 +32,10 @@ from headrace.worker import Worker, measure
 EXPIRED = Failure(504, "deadline_exceeded", "the deadline passed before the request was computed")
 BROKEN = Failure(500, "stage_failed", "the replica failed on a call that this request was part of; its log says why")
 UNHEARD = Failure(503, "unavailable", "the replica could not tell that it begins")
+_QUICK_S = 0.0002  # a call that takes less is computed by the loop itself
+_SLOW_S, _WARY_S = 0.01, 5.0  # one that took so long all the same, be it for want of a core, is the last one for so long
+_SMALL_BYTES = 4096
+_MEASURED_CALLS = 4.0
 _SHOWN_FAULTS = 20  # of a request of many rows
 
 
@@ -53,19 +60,42 @@ class Stations:
         self.floor, self.codec, self.owner = floor, codec, owner
         self._threads: list[threading.Thread] = []
         self._outgoing: SimpleQueue[list[Job] | None] | None = None
+        self._here: Worker | None = None  # the loop's own
+        self._wary_until_s = 0.0
         try:
             for station in floor.stations:
-                for seat in range(len(station.since)):
+                make = functools.partial(Worker, station.stages, group=group, device=device, overlap=False)
+                for seat in range(station.threads):
                     ready: Future[Worker] = Future()
-                    make = functools.partial(Worker, station.stages, group=group, device=device, overlap=False)
                     self._spawn(self._set_up, station, seat, make, ready)
                     station.workers.append(ready.result())
+            if len(floor.stations) == 1 and not station.model and isinstance(station.rule, Rows):
+                self._here = make()
+                lean.contain(self._here)
         finally:
             if sys.exception() is not None:
                 self.close()
         if floor.stations[-1].model:  # its answers are written while it computes
             self._outgoing = SimpleQueue()
             self._spawn(self._write, self._outgoing)
+
+    def compute_here(self, job: Job) -> bool:
+        """Compute a request in the caller's thread if that is quick; else it is not let in.
+
+        It ends with `Owner.deliver` like any other. That its computation begins is not announced: it is none that asks for it.
+        """
+        station = self.floor.stations[0]
+        if self._here is None or job.alone or job.size > _SMALL_BYTES or station.pace.calls < _MEASURED_CALLS or station.pace.call_s > _QUICK_S:
+            return False
+        began_s = time.perf_counter()
+        if began_s < self._wary_until_s:
+            return False
+        if (call := self.floor.put_here(job)) is not None:
+            self._compute(station, station.threads, self._here, call)
+            ended_s = time.perf_counter()
+            if ended_s - began_s > _SLOW_S:
+                self._wary_until_s = ended_s + _WARY_S
+        return True
 
     def close(self) -> None:
         """End all threads. A call under way is waited for a second."""
