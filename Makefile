@@ -18,6 +18,7 @@ demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
 	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"
+	@sh tools/apt.sh postgresql || echo "tests that need a PostgreSQL will be skipped"
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
 
