@@ -276,7 +276,7 @@ def test_deaths_that_say_nothing_are_outside_kills_until_there_are_eight(monkeyp
             assert (reply.status, reply.code) == (500, "deadly_row")
             assert "8 replicas died" in reply.json["error"]["message"]
             calls = sorted((call for replica in replicas for call in replica.calls), key=lambda call: call.work.alone)
-            assert [call.work.alone for call in calls] == [False] * 3 + [True] * 5
+            assert [call.work.alone for call in calls] == [False] * 5 + [True] * 3
 
     run(test)
 

@@ -14,7 +14,7 @@ from headrace.serving.wire import Failure
 
 MOST_TOKENS = 1_000.0
 TOKENS_PER_REQUEST = 0.2
-UNSAID_DEATHS = 3
+UNSAID_DEATHS = 5
 MOST_DEATHS = 8
 FULL_MEMORY = 0.8
 WORDS_S = 2.0  # for an answer from another machine

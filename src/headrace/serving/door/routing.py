@@ -20,7 +20,7 @@ MOST_REFUSALS = 4  # of one request in a row
 MOST_UNANSWERED = 6  # PINGs
 LEAST_HUNG_S = 4.0
 LONGEST_HUNG_S = 30.0  # where nothing shows that it is the replica, or how long calls take
-HUNG_FACTOR = 8
+DOUBT_FACTOR, HUNG_FACTOR = 2, 8  # times the longest call seen lately: another replica is asked as well; it is given up without proof
 MEMORY_S = 300.0  # of how long calls take
 
 NO_ROOM = Failure(429, "overloaded", "all replicas have as many requests as they can answer in time; try again later")
@@ -213,7 +213,7 @@ class Pool:
     def _look(self, link: Link) -> None:
         """Whether the replica hangs, or no longer does."""
         silent, stuck = link.unanswered >= MOST_UNANSWERED, self._stuck(link)
-        if not link.hung and (silent or (link.slow and self._stuck(link, LONGEST_HUNG_S))):
+        if not link.hung and (silent or (link.slow and self._stuck(link, surely=True))):
             self._give_up(link, silent=silent)
         elif link.hung and not (silent or stuck):
             link.hung = link.slow = False
@@ -289,12 +289,13 @@ class Pool:
         else:
             hop.settle(NO_BUDGET)
 
-    def _stuck(self, link: Link, least_s: float = LEAST_HUNG_S) -> bool:
-        """Whether a call of its takes far too long."""
-        if link.stats is None or not link.ready or (least_s > LEAST_HUNG_S and self._excused(link)):
+    def _stuck(self, link: Link, *, surely: bool = False) -> bool:
+        """Whether a call of its takes far too long: long enough to ask another replica as well, or to give it up without proof."""
+        if link.stats is None or not link.ready or (surely and self._excused(link)):
             return False
+        least_s, factor = (LONGEST_HUNG_S, HUNG_FACTOR) if surely else (LEAST_HUNG_S, DOUBT_FACTOR)
         longest_s = max(self._longest_s)
-        return link.stats.oldest_call_s > (max(least_s, HUNG_FACTOR * longest_s) if longest_s else LONGEST_HUNG_S)
+        return link.stats.oldest_call_s > (max(least_s, factor * longest_s) if longest_s else LONGEST_HUNG_S)
 
     @staticmethod
     def _excused(link: Link) -> bool:
