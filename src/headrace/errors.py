@@ -6,6 +6,7 @@
     │   ├── SettingError       a setting does not exist, or has a value that its annotation forbids
     │   └── PipelineFileError  the pipeline file cannot be loaded, or names no pipeline
     ├── HardwareError          no node has what a stage asks for
+    ├── AccountsError          a gateway's database of accounts is missing, damaged or out of reach, or cannot take a change
     ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
     ├── ServingError           no service of that name runs, or none can be started so
     ├── SourceError            the input cannot be found, read, or used by this pipeline
@@ -70,6 +71,10 @@ class HardwareError(HeadraceError):
 
 class ServingError(HeadraceError):
     """No service of that name runs, or none can be started in the way asked for."""
+
+
+class AccountsError(HeadraceError):
+    """A database of accounts is missing, damaged or out of reach, or cannot take what was asked of it."""
 
 
 class KeyFileError(HeadraceError):

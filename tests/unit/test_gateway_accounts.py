@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from headrace.errors import AccountsError
 from headrace.gateway.accounts import tables, usage
 from headrace.gateway.accounts.books import BOOKED_DAYS, GRANT_S, Books
 from headrace.gateway.accounts.database import Database
 from headrace.gateway.accounts.entries import Expire, Release, Reserve, Settle, Used
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import Keys
 from headrace.gateway.accounts.limits import Limits
 from headrace.gateway.accounts.prices import Prices

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 import headrace
-from headrace.errors import KeyFileError
+from headrace.errors import AccountsError, KeyFileError
 from headrace.gateway.accounts.database import Database, default_path
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.limits import Limits
 from headrace.gateway.accounts.prices import Price, Prices
 from headrace.gateway.accounts.quotas import Rates

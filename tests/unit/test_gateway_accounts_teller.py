@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from headrace.errors import AccountsError
 from headrace.gateway.accounts import tables, teller, usage
 from headrace.gateway.accounts.books import Books
 from headrace.gateway.accounts.database import Database
 from headrace.gateway.accounts.entries import Entry, Release, Reserve, Used
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import Keys
 from headrace.gateway.accounts.quotas import Grant, Refusal
 from headrace.gateway.accounts.teller import Teller

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from headrace.gateway.accounts.errors import AccountsError
+from headrace.errors import AccountsError
 
 if find_spec("sqlalchemy") is None:
     raise AccountsError("accounts of a gateway need SQLAlchemy: pip install 'headrace[gateway]'")

@@ -12,9 +12,9 @@ from typing import cast
 
 import sqlalchemy as sa
 
+from headrace.errors import AccountsError
 from headrace.gateway.accounts.database import Database
 from headrace.gateway.accounts.entries import Book, Entry, Expire, Release, Reserve, Settle, Used, check_id
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.page import Page, Result
 from headrace.gateway.accounts.prices import Prices
 from headrace.gateway.accounts.quotas import Grant, Refusal

@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from headrace.gateway.accounts.errors import AccountsError
+from headrace.errors import AccountsError
 from headrace.gateway.accounts.tables import FORMAT, about, tables
 from headrace.serving import keys as key_files
 

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.gateway.accounts.errors import AccountsError
+from headrace.errors import AccountsError
 from headrace.gateway.accounts.limits import is_model, whole
 from headrace.gateway.accounts.quotas import Grant
 

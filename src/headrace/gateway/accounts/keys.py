@@ -16,9 +16,8 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
-from headrace.errors import listing, nearest
+from headrace.errors import AccountsError, listing, nearest
 from headrace.gateway.accounts.database import Database
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.limits import NANO, Limits, Priority
 from headrace.gateway.accounts.quotas import day_of
 from headrace.gateway.accounts.tables import about, keys

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from headrace.errors import listing, nearest
-from headrace.gateway.accounts.errors import AccountsError
+from headrace.errors import AccountsError, listing, nearest
 
 Priority = Literal["interactive", "normal", "batch"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from headrace.errors import AccountsError
 from headrace.gateway.accounts.entries import Book, Entry, Expire, Release, Reserve, Settle, Used, is_own, key_of
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import limits_of
 from headrace.gateway.accounts.prices import Prices
 from headrace.gateway.accounts.quotas import Ask, Grant, Meter, Refusal, day_of, refusal

@@ -10,8 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import listing, nearest
-from headrace.gateway.accounts.errors import AccountsError
+from headrace.errors import AccountsError, listing, nearest
 from headrace.gateway.accounts.limits import is_model, usd
 
 MOST_USD_PER_MILLION = 10_000

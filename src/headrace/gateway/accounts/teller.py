@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
+from headrace.errors import AccountsError
 from headrace.gateway.accounts.books import Books, reservation
 from headrace.gateway.accounts.entries import Book, Entry, Release, Settle, Used
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.keys import Key, Keys, Ring
 from headrace.gateway.accounts.quotas import Grant, Refusal
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from headrace.errors import listing, nearest
+from headrace.errors import AccountsError, listing, nearest
 from headrace.gateway.accounts.database import Database
-from headrace.gateway.accounts.errors import AccountsError
 from headrace.gateway.accounts.limits import NANO, whole
 from headrace.gateway.accounts.tables import keys, requests, usage
 
