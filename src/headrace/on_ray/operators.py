@@ -158,7 +158,8 @@ class Replica:
         note = ""
         try:
             thread = None
-            if hardware.gpus:  # which must not wait while the next block is made ready; a CPU has its hands full in any case
+            # An accelerator must not wait while the next block is made ready; a CPU has its hands full in any case.
+            if hardware.gpus and group.stages[0].concurrency == 1:
                 thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-device")
                 sys.setswitchinterval(0.0005)  # s, instead of 0.005, for which other threads may keep it from the interpreter
             self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log), thread=thread)
