@@ -447,6 +447,29 @@ def test_a_request_that_is_to_be_announced_is_not():
     assert set(names) == {"headrace-station"}
 
 
+def test_a_model_that_waits_takes_several_calls_at_once_and_is_set_up_once():
+    made = []
+
+    @hr.stage(out={"y": int}, batch=1, concurrency=3)
+    class Meeting:
+        def setup(self, device):
+            made.append(self)
+            self.barrier = threading.Barrier(3, timeout=20)
+
+        def __call__(self, x: hr.Column[int]):
+            self.barrier.wait()
+            return {"y": x * 2}
+
+    async def scenario(peer):
+        for x in range(6):
+            peer.ask({"x": x})
+        return await peer.answers(6)
+
+    with serving(hr.Pipeline("meeting", Meeting())) as server:
+        assert visit(server, scenario) == {number: {"y": 2 * number - 2} for number in range(1, 7)}
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(
     "send",
     [
