@@ -32,12 +32,13 @@ class Entry:
 
 
 @contextlib.contextmanager
-def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False, promises: int = 2) -> Iterator[Cluster]:
+def connected(address: str | None = None, *, folder: Path | None = None, verbose: bool = False, promises: int = 2, urgent: bool = False) -> Iterator[Cluster]:
     """A connection for the length of the block: `address`, `RAY_ADDRESS`, the Ray that this process has joined, or a new one.
 
     A Ray that is started here promises each core `promises` times: once to a batch job's replicas and once to reading, preparing
     and writing, or to versions of a service that run beside each other. On one machine the operating system shares the cores out
-    better than reservations do, and neither side waits while the other is idle. It listens on loopback alone, asks for a token,
+    better than reservations do, and neither side waits while the other is idle. Its workers give way to other processes, as Ray has it,
+    unless they are `urgent`. It listens on loopback alone, asks for a token,
     has no dashboard, and unless `verbose` nothing else that only other processes would ask. On a cluster that is joined, one CPU
     is left to others; it is sent headrace itself and the files of `folder`, where the pipeline file lies.
 
@@ -54,7 +55,8 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
     with contextlib.ExitStack() as during:
         during.enter_context(compat.authenticated(_token()))
         with (
-            _environment({"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}),  # what this process can import, its workers can
+            # What this process can import, its workers can.
+            _environment({"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)} | ({"RAY_worker_niceness": "0"} if urgent else {})),
             compat.loopback(),
             contextlib.nullcontext() if verbose else compat.lean(),
         ):

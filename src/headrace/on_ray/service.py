@@ -155,7 +155,7 @@ def _stay(service: Service, tell: Tell, stopped: _Stop) -> None:
     face, drain_s = service.face, service.limits.deadline_s
     with contextlib.ExitStack() as during:
         port = during.enter_context(_reserved(face.host, face.port))  # an address that is taken is told before Ray starts
-        has = during.enter_context(cluster.connected(verbose=service.where.verbose, promises=PROMISES))
+        has = during.enter_context(cluster.connected(verbose=service.where.verbose, promises=PROMISES, urgent=True))
         stopped.listen()
         pipes = during.enter_context(Pipes(face.doors, sys.stdout.buffer)) if face.log else None
         url = _begin(service, has, port, pipes.pattern if pipes else "", tell, stopped)
