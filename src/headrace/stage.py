@@ -55,11 +55,22 @@ class Stage:
         return {f.name: getattr(self.call, f.name) for f in dataclasses.fields(self.call) if f.init}  # type: ignore[arg-type]
 
     def with_settings(self, values: Mapping[str, Any]) -> Stage:
-        """The same stage with other values for some settings (already of the right types)."""
+        """The same stage with other values for some settings (already of the right types).
+
+        Raises:
+            SettingError: there is no such setting, or the stage would read or write other columns with that value.
+        """
         for name in values:
             if name not in self.settings:
                 raise SettingError(f"stage {self.name!r} has no setting {name!r}; it has {listing(self.settings)}" + nearest(name, self.settings))
-        return dataclasses.replace(self, call=dataclasses.replace(self.call, **values))  # type: ignore[type-var]
+        call = dataclasses.replace(self.call, **values)  # type: ignore[type-var]
+        changed = Stage.of(call)  # of a ready stage, whose columns may follow from its settings
+        if changed.reads.keys() != self.reads.keys() or changed.writes != self.writes:
+            raise SettingError(
+                f"stage {self.name!r}: with {', '.join(map(repr, values))} set to that it would read {listing(changed.reads)} and write "
+                f"{listing(changed.writes)}, and the pipeline is wired for {listing(self.reads)} and {listing(self.writes)}; change it in the pipeline's file"
+            )
+        return dataclasses.replace(self, call=call)
 
     @staticmethod
     def of(step: Any) -> Stage:

@@ -461,9 +461,12 @@ def test_a_model_that_waits_takes_several_calls_at_once_and_is_set_up_once():
             return {"y": x * 2}
 
     async def scenario(peer):
-        for x in range(6):
-            peer.ask({"x": x})
-        return await peer.answers(6)
+        found = {}
+        for first in (0, 3):  # a replica that has measured nothing yet takes as many as it can begin on at once
+            for x in range(first, first + 3):
+                peer.ask({"x": x})
+            found |= await peer.answers(3)
+        return found
 
     with serving(hr.Pipeline("meeting", Meeting())) as server:
         assert visit(server, scenario) == {number: {"y": 2 * number - 2} for number in range(1, 7)}

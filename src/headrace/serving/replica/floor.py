@@ -138,7 +138,7 @@ class Floor:
         """
         worst = None
         for station in self.stations:
-            if station.backlog - station.busy >= station.full:  # the next call is full: more only adds to the wait
+            if station.backlog - station.busy >= station.full * station.threads:  # the next calls are full: more only adds to the wait
                 wait_s = station.wait_s
                 if not station.pace.calls or wait_s > self._limits.latency_s:
                     worst = max(worst or 0.01, wait_s - self._limits.latency_s + station.pace.call_s)
