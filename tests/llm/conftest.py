@@ -46,6 +46,12 @@ def shared_ray() -> Iterator[None]:
             ray.shutdown()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Sockets that vLLM leaves to the garbage collector are found when no test runs any more."""
+    config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
+    config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of these start an engine; what Ray, vLLM and their dependencies warn about themselves is no failure."""
     for item in items:

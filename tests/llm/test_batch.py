@@ -129,8 +129,7 @@ def test_an_engine_that_dies_or_hangs_loses_nothing(
             struck.append(next(cores()))
             os.kill(struck[0].pid, number)
 
-    # Several times as many words, so that the run is still going on when it is struck.
-    slow = judged(tiny.lm, sampling=hr.Sampling(max_tokens=256), stall_s=5.0)
+    slow = judged(tiny.lm, concurrency=2, stall_s=5.0)  # so that the run is still going on when it is struck
     report = run(slow, source, tmp_path / "out", watch=watch)
     assert struck and not struck[0].is_running()
     assert rows_of(tmp_path / "out") == expected

@@ -113,11 +113,11 @@ def test_priorities_go_first(engine: Engine):
 
 def test_figures_grow(engine: Engine):
     before = engine.figures()
-    engine.call(engine.chat(body("word " * 300)))
-    engine.call(engine.chat(body("word " * 300)))
+    for _ in range(2):
+        content(engine.call(engine.chat(body("word " * 150, ignore_eos=True))))
     after = engine.figures()
     grown = {name: after[name] - before[name] for name in after}
-    assert grown["generated_tokens"] == 32 and grown["prompt_tokens"] > 600 and grown["prefix_hits"] >= 128
+    assert grown["generated_tokens"] == 32 and grown["prompt_tokens"] >= 300 and grown["prefix_hits"] >= 128
 
 
 class Verdict(pydantic.BaseModel):

@@ -128,6 +128,8 @@ class Engine:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_CLOSING_S)
         self._kill()
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __str__(self) -> str:
         config = self._client.vllm_config
@@ -237,7 +239,7 @@ class Engine:
             self.lost = self.lost or "it was closed"
             return
         self.lost = why
-        code = self._client.engine_core.resources.engine_manager.processes[0].exitcode
+        code = self._cores()[0].exitcode
         self._kill()
         expendable.give_up(f"model {self.config.name!r}: {why}" + (f" (exit code {code})" if code is not None else ""), own_doing=not hangs and code != _KILLED)
 
@@ -248,6 +250,12 @@ class Engine:
         for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        for core in self._cores():
+            core.join(_WATCHED_S)  # or it would stay as a zombie
+
+    def _cores(self) -> list[Any]:
+        """The processes that this one has started; each has started others."""
+        return [] if self._client is None else list(self._client.engine_core.resources.engine_manager.processes)
 
     async def _end(self) -> None:
         if self._watch is not None:
