@@ -138,6 +138,7 @@ class EngineSampled(Event):
     running: int = 0
     waiting: int = 0
     kv_cache: float = 0.0
+    kv_cache_peak: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What the stages of a replica say about themselves while they work, as events.
 
 A stage may have a method `figures()`, which gives numbers by name and may be called from any thread. These are known, all of them optional:
-`prompt_tokens`, `generated_tokens`, `prefix_tokens` (looked up in a cache of prefixes), `prefix_hits` (found there) and `preempted`, which
-only ever grow; and `running`, `waiting` and `kv_cache` (0 to 1, the highest since it was last asked), which are of the moment.
+`prompt_tokens`, `generated_tokens`, `prefix_tokens` (looked up in a cache of prefixes), `prefix_hits` (found there), `preempted` and
+`kv_cache_peak` (the highest use, 0 to 1), which only ever grow; and `running`, `waiting` and `kv_cache`, which are of the moment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace.stage import Stage
 
 _EACH_S = 1.0
 _GROWING = ("prompt_tokens", "generated_tokens", "prefix_tokens", "prefix_hits", "preempted")
-_OF_THE_MOMENT: dict[str, type] = {"running": int, "waiting": int, "kv_cache": float}
+_STATE: dict[str, type] = {"running": int, "waiting": int, "kv_cache": float, "kv_cache_peak": float}
 
 
 class Readings:
@@ -37,8 +37,8 @@ class Readings:
                 now = {**before, **read()}
                 grown: dict[str, Any] = {name: int(now[name] - before[name]) for name in _GROWING}
                 before.update({name: now[name] for name in _GROWING})
-                state: dict[str, Any] = {name: kind(now.get(name, 0)) for name, kind in _OF_THE_MOMENT.items()}
-                if any(grown.values()) or any(state.values()):
+                state: dict[str, Any] = {name: kind(now.get(name, 0)) for name, kind in _STATE.items()}
+                if any(grown.values()) or state["running"] or state["waiting"]:
                     self.emit(EngineSampled(self.group, **grown, **state))
 
     def _tell(self) -> None:

@@ -68,7 +68,7 @@ class Timeline:
 
 @dataclass(slots=True)
 class EngineSums:
-    """Running sums over what the engines of a group's replicas said; see `readings`. `kv_cache` is the highest that one of them had in use, 0 to 1."""
+    """Running sums over what the engines of a group's replicas said; see `readings`. `kv_cache` is the highest use of one of their caches, 0 to 1."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -84,7 +84,7 @@ class EngineSums:
         self.prefix_tokens += event.prefix_tokens
         self.prefix_hits += event.prefix_hits
         self.preempted += event.preempted
-        self.kv_cache = max(self.kv_cache, event.kv_cache)
+        self.kv_cache = max(self.kv_cache, event.kv_cache_peak)
 
 
 @dataclass(slots=True)

@@ -247,7 +247,7 @@ def test_system_and_chat():
 
 
 def test_braces():
-    assert Template.parse("{{{a}}} {b}}}{{", "x").fill({"a": 1, "b": "{c}"}) == "{1} {c}}{"
+    assert Template.parse("{{{a}}} {b}}}{{{c}", "x").fill({"a": 1, "b": "{c}", "c": None}) == "{1} {c}}{"
 
 
 # Sampling
@@ -371,6 +371,8 @@ def test_defaults_suit_the_device_and_arguments_go_before_them(tmp_path: Path):
     on_cpu = EngineConfig(model="m", name="acme/m", sequences=7, adapter=str(tmp_path), arguments={"max_num_seqs": 3}).engine_arguments()
     assert (on_cpu["dtype"], on_cpu["max_num_seqs"], on_cpu["max_lora_rank"], on_cpu["served_model_name"]) == ("float32", 3, 32, ["acme/m"])
     on_gpu = EngineConfig(model="m", name="m", device="cuda", embed=True)
+    assert EngineConfig(model="m", name="m", device="cuda", gpus=2).engine_arguments()["tensor_parallel_size"] == 2
+    assert EngineConfig(model="m", name="m", device="cuda", gpus=0.5).engine_arguments()["gpu_memory_utilization"] == 0.45
     assert "dtype" not in on_gpu.engine_arguments() and on_gpu.engine_arguments()["runner"] == "pooling"
     assert "OMP_NUM_THREADS" not in on_gpu.environment() and "HF_HUB_OFFLINE" not in on_gpu.environment()
 

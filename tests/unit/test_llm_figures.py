@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from headrace import expendable
 from headrace.console.page import page
 from headrace.cost import Machine, Meter, Prices
 from headrace.events import BlockDone, EngineSampled, Event, GroupPlanned, MachinesSeen, RunFinished, RunStarted
+from headrace.llms import processes
 from headrace.llms.steps import Steps
 from headrace.readings import Readings
 from headrace.report import Report
@@ -32,14 +34,14 @@ def done(prompt: int, generated: int) -> Any:
     return SimpleNamespace(num_prompt_tokens=prompt, num_generation_tokens=generated, num_preempted_reqs=0)
 
 
-def test_steps_add_up_and_the_cache_keeps_its_peak_until_it_is_asked():
+def test_steps_add_up_and_the_cache_keeps_its_peak():
     steps = Steps()
     steps.add(scheduled(8, 0.5, looked_up=100, found=64), done(100, 8))
     steps.add(scheduled(2, 0.1), done(0, 2))
     steps.add(None, None)
-    first, second = steps.figures(), steps.figures()
+    first = steps.figures()
     assert (first["prompt_tokens"], first["generated_tokens"], first["prefix_hits"], first["running"], steps.count) == (100, 10, 64, 2, 3)
-    assert (first["kv_cache"], second["kv_cache"]) == (0.5, 0.1)
+    assert (first["kv_cache"], first["kv_cache_peak"]) == (0.1, 0.5) and steps.figures() == first
 
 
 @hr.stage(out={"y": str})
@@ -82,8 +84,8 @@ def test_the_report_sums_up_what_engines_said():
             MachinesSeen((tuple(vars_of(Machine("a", cpus=1.0, memory_gb=4.0)).values()),), at_s=0.0),
             GroupPlanned("summary", "model", 1.0, at_s=0.0),
             BlockDone("summary", 100, 10.0, 0, 0, at_s=20.0),
-            EngineSampled("summary", 3000, 1000, 3000, 1500, 0, 8, 0, 0.4, at_s=15.0),
-            EngineSampled("summary", 1000, 1000, 1000, 500, 2, 0, 0, 0.2, at_s=20.0),
+            EngineSampled("summary", 3000, 1000, 3000, 1500, 0, 8, 0, 0.1, 0.4, at_s=15.0),
+            EngineSampled("summary", 1000, 1000, 1000, 500, 2, 0, 0, 0.0, 0.2, at_s=20.0),
             RunFinished(100, 100, 0, 36.0, at_s=36.0),
         ]
     )
@@ -116,3 +118,28 @@ def test_only_a_process_that_somebody_starts_again_ends(declared: bool, own_doin
     environment = {"PYTHONPATH": str(Path(expendable.__file__).parents[1])}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == code and ("the engine died" in ended.stderr) == declared
+
+
+CHILDREN = """
+import os, signal, subprocess, sys, time
+from headrace.llms.processes import Processes
+processes = Processes()
+with processes.marked():
+    child = subprocess.Popen(["sh", "-c", "(echo 1; sleep 300) & wait"], stdout=subprocess.PIPE)
+child.stdout.readline()
+os.kill(child.pid, signal.SIGSTOP)
+print(processes.mark, flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("then", ["processes.end(); child.wait()", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_an_engines_processes_end_with_the_one_that_started_them(then: str):
+    """However that ends, and though one of them is stopped."""
+    environment = {"PYTHONPATH": str(Path(expendable.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", CHILDREN.format(then=then)], env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    mark = f"HEADRACE_ENGINE={ended.stdout.strip()}".encode()
+    until_s = time.monotonic() + 20
+    while left := [pid for pid in processes._others() if mark in processes._environment(pid)]:
+        assert time.monotonic() < until_s, left
+        time.sleep(0.05)

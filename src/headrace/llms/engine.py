@@ -23,6 +23,7 @@ from headrace.errors import EngineLostError, SettingError
 from headrace.llms import options
 from headrace.llms.asking import Reply
 from headrace.llms.options import ADAPTER, EngineConfig
+from headrace.llms.processes import Processes
 from headrace.llms.steps import Steps
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-engine", daemon=True)
         self._client: Any = None  # vllm's AsyncLLM
         self._state: Any = None  # its serving objects
-        self._processes: list[Any] = []  # psutil's, of all that it has started
+        self._processes = Processes()
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -67,7 +68,7 @@ class Engine:
         engine = Engine(config)
         engine._thread.start()
         try:
-            with _main_left_out():
+            with _main_left_out(), engine._processes.marked():
                 engine.call(engine._start())
         finally:
             if sys.exception() is not None:
@@ -140,7 +141,6 @@ class Engine:
     # On the loop
 
     async def _start(self) -> None:
-        import psutil
         from starlette.datastructures import State
         from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -153,12 +153,10 @@ class Engine:
         if isinstance(grammar := given["structured_outputs_config"], Mapping):
             given["structured_outputs_config"] = StructuredOutputsConfig(**grammar)
         arguments = AsyncEngineArgs(**given)
-        before = {process.pid for process in psutil.Process().children(recursive=True)}
         config = arguments.create_engine_config()
         self._client = AsyncLLM(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True, log_requests=False, stat_loggers=[self._steps.logger()]
         )
-        self._processes = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
         self._state = State()
         everything = argparse.Namespace(**(vars(FrontendArgs()) | vars(arguments)))
         tasks = await self._client.get_supported_tasks()
@@ -244,12 +242,7 @@ class Engine:
         expendable.give_up(f"model {self.config.name!r}: {why}" + (f" (exit code {code})" if code is not None else ""), own_doing=not hangs and code != _KILLED)
 
     def _kill(self) -> None:
-        """SIGKILL for all processes of the engine: one that is stopped listens to nothing else, and would keep its memory."""
-        import psutil
-
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._processes.end()
         for core in self._cores():
             core.join(_WATCHED_S)  # or it would stay as a zombie
 

@@ -169,6 +169,7 @@ class LLM:
             model=places.fetch(self.model, f"{self._where}: model"),
             name=self.model,
             device=device,
+            gpus=next((entry.gpus for entry in _entries(self) if entry.gpus), 1.0),
             sequences=sequences,
             embed=self.embed,
             adapter=adapter,
@@ -228,16 +229,20 @@ class _Spec:
 def stage_of(llm: LLM) -> Stage:
     """The stage behind an `LLM`, with the columns and the hardware of that instance."""
     given, (reads, writes) = vars(llm), llm._columns  # noqa: SLF001 - of this module
-    on = given["on"]
-    entries = (on,) if isinstance(on, Hardware) else tuple(on)
-    device = "cuda" if any(isinstance(entry, Hardware) and entry.gpus for entry in entries) else "cpu"
+    device = "cuda" if any(entry.gpus for entry in _entries(llm)) else "cpu"
     at_once = given["concurrency"] or (_EMBEDDED_CALLS if llm.embed else _AT_ONCE[device])
 
-    @stage(out=writes, on=on, batch=_rule(llm), replicas=given["replicas"], name=llm._label, ray=given["ray"], concurrency=at_once)  # noqa: SLF001
+    @stage(out=writes, on=given["on"], batch=_rule(llm), replicas=given["replicas"], name=llm._label, ray=given["ray"], concurrency=at_once)  # noqa: SLF001
     class Shape:
         def __call__(self, text: Column[str]) -> None: ...
 
     return dataclasses.replace(Stage.of(Shape()), reads=MappingProxyType(reads), call=llm)
+
+
+def _entries(llm: LLM) -> list[Hardware]:
+    """The acceptable hardware, as far as it is any; `@stage` tells of what is not."""
+    on = vars(llm)["on"]
+    return [entry for entry in ((on,) if isinstance(on, Hardware) else tuple(on)) if isinstance(entry, Hardware)]
 
 
 def _rule(llm: LLM) -> Rows:

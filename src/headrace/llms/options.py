@@ -17,6 +17,7 @@ VLLM_VERSION = "0.29.0"
 """What this package is written against; `constraints.txt` says the same."""
 
 _KV_CACHE_BYTES = 2 << 30  # on a CPU, where vLLM would take most of the machine's memory
+_GPU_SHARE = 0.9  # of an accelerator's memory
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _GRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}  # with white space anywhere, some models write nothing else
 
@@ -29,6 +30,7 @@ class EngineConfig:
         model: a folder, or a name on the hub, as `places.fetch` returns it.
         name: what requests call the model.
         device: `"cuda"` or `"cpu"`.
+        gpus: how many of them, or which part of one.
         sequences: how many it computes at a time.
         embed: whether it turns text into vectors, instead of writing text.
         adapter: the folder of a LoRA adapter, which requests call `ADAPTER`.
@@ -39,6 +41,7 @@ class EngineConfig:
     model: str
     name: str
     device: str = "cpu"
+    gpus: float = 1.0
     sequences: int = 64
     embed: bool = False
     adapter: str | None = None
@@ -61,6 +64,11 @@ class EngineConfig:
         if self.device == "cpu":
             # In float32 a row's answer depends least on the rows beside it; compiling for a CPU takes longer than it saves.
             chosen |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": _KV_CACHE_BYTES}
+        elif self.gpus > 1:
+            # Processes of its own: inside of a replica vLLM would else ask Ray for the same accelerators again.
+            chosen |= {"tensor_parallel_size": int(self.gpus), "distributed_executor_backend": "mp"}
+        elif self.gpus < 1:
+            chosen["gpu_memory_utilization"] = _GPU_SHARE * self.gpus
         return {**chosen, **self.arguments}
 
     def environment(self) -> dict[str, str]:

@@ -51,8 +51,8 @@ class Template:
         return tuple(dict.fromkeys(name for _, name in self.pieces if name))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text for a row."""
-        return "".join(literal + (str(row[name]) if name else "") for literal, name in self.pieces)
+        """The text for a row; a null is nothing."""
+        return "".join(literal + ("" if not name or row[name] is None else str(row[name])) for literal, name in self.pieces)
 
 
 def template_reads(template: Template, types: Mapping[str, Any] | None, where: str) -> dict[str, ColumnType]:

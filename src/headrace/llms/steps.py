@@ -14,13 +14,13 @@ class Steps:
         self._lock = threading.Lock()
         self._sums = dict.fromkeys(("prompt_tokens", "generated_tokens", "prefix_tokens", "prefix_hits", "preempted"), 0.0)
         self._running = self._waiting = 0
-        self._kv_cache = self._kv_cache_now = 0.0
+        self._kv_cache = self._kv_cache_peak = 0.0
 
     def figures(self) -> dict[str, float]:
-        """The sums, and the state of the moment; of the key-value cache the highest use since this was last asked."""
+        """The sums, and the state of the moment; see `headrace.readings`."""
         with self._lock:
-            kv_cache, self._kv_cache = self._kv_cache, self._kv_cache_now
-            return {**self._sums, "running": self._running, "waiting": self._waiting, "kv_cache": kv_cache}
+            moment = {"running": self._running, "waiting": self._waiting, "kv_cache": self._kv_cache, "kv_cache_peak": self._kv_cache_peak}
+            return {**self._sums, **moment}
 
     def add(self, scheduled: Any, done: Any) -> None:
         """A step: vLLM's `SchedulerStats` and `IterationStats`, either of which may be None."""
@@ -28,8 +28,8 @@ class Steps:
             self.count += 1
             if scheduled is not None:
                 self._running, self._waiting = scheduled.num_running_reqs, scheduled.num_waiting_reqs
-                self._kv_cache_now = scheduled.kv_cache_usage
-                self._kv_cache = max(self._kv_cache, self._kv_cache_now)
+                self._kv_cache = scheduled.kv_cache_usage
+                self._kv_cache_peak = max(self._kv_cache_peak, self._kv_cache)
                 if (prefix := scheduled.prefix_cache_stats) is not None:
                     self._sums["prefix_tokens"] += prefix.queries
                     self._sums["prefix_hits"] += prefix.hits
