@@ -151,6 +151,15 @@ def test_an_unknown_argument_is_told_before_anything_starts(tiny: Any):
         Engine.start(EngineConfig(model=tiny.lm, name=NAME, arguments={"max_model_length": 3}))
 
 
+def test_a_pipeline_with_an_adapter(tiny: Any, engine: Engine):
+    """As a user has it: `lora` changes the text, and an adapter that is none is told before anything starts."""
+    stage = hr.LLM(out="said", model=tiny.lm, prompt="{text}", on=hr.cpu(1), engine=ENGINE, lora=tiny.lora, sampling=hr.Sampling(max_tokens=16))
+    (row,) = hr.Pipeline("p", stage).local([{"text": "hello there"}])
+    assert row["said"] != content(engine.call(engine.chat(body())))
+    with pytest.raises(SettingError, match="holds no adapter_config.json"):
+        hr.Pipeline("p", hr.LLM(out="said", model=tiny.lm, prompt="{text}", lora=tiny.lm)).local([{"text": "a"}])
+
+
 def test_it_ends_with_all_its_processes(tiny: Any):
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     stage = hr.LLM(model=tiny.embedder, embed=True, on=hr.cpu(1), engine=ENGINE)

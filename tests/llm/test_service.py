@@ -23,7 +23,7 @@ from conftest import ENGINE, SOURCE
 FILE = """
 import headrace as hr
 
-say = hr.LLM(out="said", model={model!r}, prompt="Say: {{text}}", on=hr.cpu(1), replicas=2, sampling=hr.Sampling(max_tokens=16), engine={engine!r})
+say = hr.LLM(out="said", model={model!r}, prompt="Say: {{text}}", on=hr.cpu(1), replicas=2, sampling=hr.Sampling(max_tokens=16), engine={engine!r}, stall_s=4.0)
 talk = hr.Pipeline("talk", say)
 """
 
@@ -70,8 +70,8 @@ def engines(pid: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL])
-def test_an_engine_that_is_killed_costs_no_request(folder: Path, number: signal.Signals):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_costs_no_request(folder: Path, number: signal.Signals):
     with serving(folder) as (url, pid):
 
         def ask(at: int) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from headrace import expendable
 from headrace.errors import EngineLostError, SettingError
@@ -48,6 +48,7 @@ class Engine:
         self._client: Any = None  # vllm's AsyncLLM
         self._state: Any = None  # its serving objects
         self._processes = Processes()
+        self._cores: list[Any] = []  # those of them that this process has started itself
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -68,7 +69,7 @@ class Engine:
         engine = Engine(config)
         engine._thread.start()
         try:
-            with _main_left_out(), engine._processes.marked():
+            with engine._processes.marked(), _main_left_out():
                 engine.call(engine._start())
         finally:
             if sys.exception() is not None:
@@ -157,6 +158,7 @@ class Engine:
         self._client = AsyncLLM(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True, log_requests=False, stat_loggers=[self._steps.logger()]
         )
+        self._cores = list(self._client.engine_core.resources.engine_manager.processes)
         self._state = State()
         everything = argparse.Namespace(**(vars(FrontendArgs()) | vars(arguments)))
         tasks = await self._client.get_supported_tasks()
@@ -194,10 +196,9 @@ class Engine:
             self._give_up("the engine died")
         if hasattr(result, "__aiter__"):
             return self._relayed(result)
-        if not self._client.errored:
-            return _reply(result)
-        self._give_up("the engine died")
-        raise AssertionError  # for mypy: it has raised
+        if self._client.errored:  # of which vLLM makes an answer with status 500
+            self._give_up("the engine died")
+        return _reply(result)
 
     async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """The events of a stream, without the error that vLLM makes of its own death."""
@@ -227,7 +228,7 @@ class Engine:
         if self.lost or self._closed or self._client.errored:
             self._give_up("the engine died")
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str) -> NoReturn:
         self._lose(why)
         raise EngineLostError(f"model {self.config.name!r}: {self.lost}")
 
@@ -237,18 +238,14 @@ class Engine:
             self.lost = self.lost or "it was closed"
             return
         self.lost = why
-        code = self._cores()[0].exitcode
+        code = self._cores[0].exitcode
         self._kill()
         expendable.give_up(f"model {self.config.name!r}: {why}" + (f" (exit code {code})" if code is not None else ""), own_doing=not hangs and code != _KILLED)
 
     def _kill(self) -> None:
         self._processes.end()
-        for core in self._cores():
+        for core in self._cores:
             core.join(_WATCHED_S)  # or it would stay as a zombie
-
-    def _cores(self) -> list[Any]:
-        """The processes that this one has started; each has started others."""
-        return [] if self._client is None else list(self._client.engine_core.resources.engine_manager.processes)
 
     async def _end(self) -> None:
         if self._watch is not None:
@@ -261,7 +258,7 @@ def _named(**given: Any) -> dict[str, Any]:
 
 
 def _reply(result: Any) -> Reply:
-    """VLLM's answer, which is a model of pydantic, or of vectors a response of starlette."""
+    """What vLLM answers is a model of pydantic, or of vectors a response of starlette."""
     if hasattr(result, "body"):
         return Reply(int(result.status_code), bytes(result.body))
     error = getattr(result, "error", None)
