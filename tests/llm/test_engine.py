@@ -6,15 +6,18 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import psutil
 import pydantic
 import pytest
-from conftest import ENGINE
+from conftest import ENGINE, SOURCE
 
 import headrace as hr
 from headrace.errors import EngineLostError, SettingError
@@ -158,6 +161,24 @@ def test_a_pipeline_with_an_adapter(tiny: Any, engine: Engine):
     assert row["said"] != content(engine.call(engine.chat(body())))
     with pytest.raises(SettingError, match="holds no adapter_config.json"):
         hr.Pipeline("p", hr.LLM(out="said", model=tiny.lm, prompt="{text}", lora=tiny.lm)).local([{"text": "a"}])
+
+
+SCRIPT = """
+import headrace as hr
+
+print("once")
+said = hr.LLM(out="said", model={model!r}, prompt="{{text}}", on=hr.cpu(1), engine={engine!r}, sampling=hr.Sampling(max_tokens=4))
+print(len(hr.Pipeline("p", said).local([{{"text": "hello"}}])))
+"""
+
+
+def test_a_script_needs_no_guard(tiny: Any, tmp_path: Path):
+    """The engine's processes do not run it again, though it has no `if __name__ == "__main__"`."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(model=tiny.lm, engine=ENGINE))
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.split() == ["once", "1"], done.stderr
 
 
 def test_it_ends_with_all_its_processes(tiny: Any):

@@ -184,7 +184,7 @@ def test_it_travels_without_its_engine():
         ({"model": "models:/summariser@production"}, "reads none yet"),
         ({"engine": [1]}, "engine must be a mapping"),
         ({"embed": True}, "the size of its vectors is not known"),
-        ({"concurrency": -1}, "concurrency must be a whole number"),
+        ({"concurrency": 0}, "concurrency must be a whole number"),
     ],
 )
 def test_a_mistake_is_told_when_it_is_defined(settings: dict[str, Any], said: str):

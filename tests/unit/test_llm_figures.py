@@ -13,6 +13,7 @@ import pytest
 
 import headrace as hr
 from headrace import expendable
+from headrace.cli.progress import line
 from headrace.console.page import page
 from headrace.cost import Machine, Meter, Prices
 from headrace.events import BlockDone, EngineSampled, Event, GroupPlanned, MachinesSeen, RunFinished, RunStarted
@@ -98,6 +99,7 @@ def test_the_report_sums_up_what_engines_said():
     for shown in (str(report), page(report)):
         assert "4,000 prompt and 2,000 generated tokens, 200 tokens/s; KV cache at most 40% in use" in shown
         assert "1.67 USD per million tokens" in shown
+    assert "summary 0 replicas, 0.0 tokens/s" in line(report)  # in the last ten seconds
     assert report.to_dict()["groups"][0]["engine"]["generated_tokens"] == 2000
 
 

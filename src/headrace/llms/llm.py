@@ -111,11 +111,10 @@ class LLM:
         for setting, kind, said in (("prompt", str, "text"), ("system", str, "text"), ("out", str, "a column name"), ("engine", Mapping, "a mapping")):
             if (value := getattr(self, setting)) is not None and not isinstance(value, kind):
                 raise SettingError(f"{where}: {setting} must be {said}, got {value!r}")
-        alone = {"messages": "reads, system and chat are for a prompt", "embed": "messages, system, schema and lora are for models that write"}
         if self.messages is not None and (self.reads is not None or self.system is not None or not self.chat):
-            raise DefinitionError(f"{where}: {alone['messages']}; messages=function says all three itself")
+            raise DefinitionError(f"{where}: reads, system and chat are for a prompt; messages=function says all three itself")
         if self.embed and (self.messages or self.system or self.schema or self.lora):
-            raise DefinitionError(f"{where}: {alone['embed']}; embed=True turns a prompt into a vector")
+            raise DefinitionError(f"{where}: messages, system, schema and lora are for models that write; embed=True turns a prompt into a vector")
         if self.system is not None and not self.chat:
             raise DefinitionError(f"{where}: system={self.system!r} needs a chat template; with chat=False put it into the prompt")
         if self.out is None and self.schema is None:
@@ -159,8 +158,8 @@ class LLM:
         """
         from headrace.llms.engine import Engine  # which loads vllm
 
-        at_once = vars(self)["concurrency"]
-        sequences = (at_once or _EMBEDDED_CALLS) * _EMBEDDED_ROWS if self.embed else at_once or _AT_ONCE[device]
+        given = vars(self)["concurrency"]
+        calls = stage_of(self).concurrency if given is not None or self.embed else _AT_ONCE[device]  # `on` may name a GPU, and this be a CPU
         adapter = None
         if self.lora is not None:
             adapter = places.fetch(self.lora, f"{self._where}: lora")
@@ -170,7 +169,7 @@ class LLM:
             name=self.model,
             device=device,
             gpus=next((entry.gpus for entry in _entries(self) if entry.gpus), 1.0),
-            sequences=sequences,
+            sequences=calls * _rule(self).count,
             embed=self.embed,
             adapter=adapter,
             arguments=MappingProxyType(dict(self.engine or {})),
@@ -230,7 +229,9 @@ def stage_of(llm: LLM) -> Stage:
     """The stage behind an `LLM`, with the columns and the hardware of that instance."""
     given, (reads, writes) = vars(llm), llm._columns  # noqa: SLF001 - of this module
     device = "cuda" if any(entry.gpus for entry in _entries(llm)) else "cpu"
-    at_once = given["concurrency"] or (_EMBEDDED_CALLS if llm.embed else _AT_ONCE[device])
+    at_once = given["concurrency"]
+    if at_once is None:
+        at_once = _EMBEDDED_CALLS if llm.embed else _AT_ONCE[device]
 
     @stage(out=writes, on=given["on"], batch=_rule(llm), replicas=given["replicas"], name=llm._label, ray=given["ray"], concurrency=at_once)  # noqa: SLF001
     class Shape:
