@@ -64,14 +64,8 @@ class Schema:
             shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
             raise InvalidAnswer(f"{f'{at}: ' if at else ''}{first['msg']}, in the answer {shown!r}") from error
         plain = answer.model_dump(mode="json", include=set(self.as_json)) if self.as_json else {}
-        return {name: self._value(getattr(answer, name), name, plain) for name in self.columns}
-
-    def _value(self, value: Any, name: str, plain: Mapping[str, Any]) -> Any:
-        if name in self.as_json:
-            return None if value is None else json.dumps(plain[name], ensure_ascii=False)
-        if isinstance(value, list):
-            return [item.value if isinstance(item, enum.Enum) else item for item in value]
-        return value.value if isinstance(value, enum.Enum) else value
+        texts = {name: None if value is None else json.dumps(value, ensure_ascii=False) for name, value in plain.items()}
+        return {name: texts[name] if name in texts else _bare(getattr(answer, name)) for name in self.columns}
 
 
 def _column(annotation: Any) -> ColumnType | None:
@@ -93,6 +87,13 @@ def _column(annotation: Any) -> ColumnType | None:
         return type_of(kinds.pop())
     except DefinitionError:
         return None
+
+
+def _bare(value: Any) -> Any:
+    """A value without the enumerations in it."""
+    if isinstance(value, list):
+        return [_bare(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _optional(annotation: Any) -> bool:
