@@ -76,7 +76,7 @@ class LLM:
     sampling: Sampling = field(default_factory=Sampling)
     lora: str | None = None
     engine: Mapping[str, Any] | None = None
-    stall_s: float = 120.0
+    stall_s: float = 300.0
     on: InitVar[Sequence[Hardware] | Hardware] = (gpu(1), cpu(1))
     replicas: InitVar[int | tuple[int, int | None] | None] = None
     name: InitVar[str | None] = None

@@ -46,7 +46,7 @@ class EngineConfig:
     embed: bool = False
     adapter: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    stall_s: float = 120.0
+    stall_s: float = 300.0
 
     def engine_arguments(self) -> dict[str, Any]:
         """The arguments of vLLM's engine, as plain values."""
