@@ -1,6 +1,8 @@
 """Ask a language model about guest reviews, and act on its answer: clean on CPUs, the model with a schema into typed columns, a rule on them.
 
-MODEL=Qwen/Qwen3-0.6B headrace run examples/summarise.py --input ../shared/data/reviews.parquet --output judged --keep review_id --limit 500
+The model comes from the hub; the variable MODEL names another one, or a folder.
+
+headrace run examples/summarise.py --input ../shared/data/reviews.parquet --output judged --keep review_id --limit 500
 """
 
 import os
