@@ -8,10 +8,10 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check bench faults docs clean
+.PHONY: help demo test test-llm check bench faults docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that st
 	@sh tools/apt.sh postgresql || echo "tests that need a PostgreSQL will be skipped"
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
+
+test-llm: .venv/.ready-llm ## Run the tests that start an LLM engine, on CPUs and tiny models
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m llm tests/llm tests/test_examples.py
 
 check: .venv/.ready-dev ## Check style, types, import rings, and that the reference is up to date
 	$(BIN)/ruff check .
@@ -42,6 +45,11 @@ docs: .venv/.ready-dev ## Write docs/reference from the code
 clean: ## Remove .venv, caches and what the targets wrote
 	rm -rf .venv demo-output dist build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready-llm: .venv/.ready-dev tools/llm.sh
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,llm-cpu]'
+	sh tools/llm.sh .venv
+	@touch $@
 
 # Torch goes first and by its exact version: on its own, pip takes the build of that version which fits the machine's index,
 # rather than whichever the other packages' requirements lead to.

@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow as pa
 
 import headrace as hr
+from headrace.stage import Stage
 from headrace.worker import Worker
 
 VECTOR = np.ones(384, "float32")
 
 
-def accelerator(us_per_token: float) -> hr.Stage:
+def accelerator(us_per_token: float) -> Stage:
     """A stage that holds its device for `us_per_token` microseconds per padded token."""
 
     @hr.stage(out={"vector": hr.Vector(384)}, batch=hr.tokens(16_384, of="tokens"))
@@ -36,7 +37,7 @@ def accelerator(us_per_token: float) -> hr.Stage:
             time.sleep(us_per_token * 1e-6 * len(tokens) * max(map(len, tokens)))
             return {"vector": np.broadcast_to(VECTOR, (len(tokens), 384))}
 
-    return hr.Stage.of(Emulated())
+    return Stage.of(Emulated())
 
 
 def main() -> None:

@@ -174,3 +174,19 @@ def test_search(checkout: Path) -> None:
     printed = run("search.py", checkout, "--ask", "it is noisy after dark")
     assert "24 reviews, 384 numbers each" in printed and "batch and service differ by" in printed
     assert re.search(r"it is noisy after dark\n  0\.\d\d  LOUD at night!", printed)
+
+
+@pytest.mark.llm
+def test_summarise(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are typed columns, and the rule on them holds. The model of a few megabytes stands for a real one."""
+    import tiny_llm  # loads torch
+
+    monkeypatch.setenv("MODEL", tiny_llm.make(checkout / "models").lm)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    printed = run("summarise.py", checkout, "--price", "cpu=0.04", "--limit", "12", "--max-dead-letters", "0")
+    assert "12 rows in" in printed and "tokens/s; KV cache at most" in printed and "per million tokens" in printed
+    rows = pq.read_table(checkout / "judged").to_pylist()
+    assert len(rows) == 12 and {type(row["refund"]) for row in rows} == {bool}
+    for row in rows:
+        assert row["mood"] in ("happy", "mixed", "angry") and row["topic"] in ("room", "food", "staff", "place")
+        assert row["urgent"] == (row["mood"] == "angry" and (row["topic"] == "staff" or row["refund"]))

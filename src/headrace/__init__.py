@@ -23,17 +23,19 @@ from headrace.errors import HeadraceError
 from headrace.formats import Input, Output
 from headrace.hardware import cpu, gpu
 from headrace.pipeline import Pipeline
-from headrace.plan import Plan, explain, resolve
-from headrace.stage import Stage, stage
+from headrace.plan import explain, resolve
+from headrace.stage import stage
 
 if TYPE_CHECKING:
     from headrace import models
     from headrace.client import Client
+    from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "Client",
     "Column",
     "HeadraceError",
@@ -41,8 +43,7 @@ __all__ = [
     "Input",
     "Output",
     "Pipeline",
-    "Plan",
-    "Stage",
+    "Sampling",
     "Vector",
     "cpu",
     "explain",
@@ -68,6 +69,8 @@ def __getattr__(name: str) -> Any:
         return serve
     if name == "Client":
         return importlib.import_module("headrace.client").Client
+    if name in ("LLM", "Sampling"):
+        return getattr(importlib.import_module("headrace.llms"), name)
     if name == "models":
         return importlib.import_module("headrace.models")
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -32,7 +32,7 @@ class Rows:
             yield np.arange(start, min(start + step, len(lengths)))
 
     def __str__(self) -> str:
-        return f"{self.count} rows"
+        return f"{self.count} row" + ("s" if self.count != 1 else "")
 
 
 @dataclass(frozen=True, slots=True)

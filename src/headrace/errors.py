@@ -20,6 +20,7 @@
     ├── RunError               the engine failed, or rows are missing at the end
     │   ├── DeadLetterError    more rows failed than --max-dead-letters allows
     │   ├── DeployError        a version of a service did not take over
+    │   ├── EngineLostError    an engine that a stage stands on died or hangs; no row is to blame
     │   ├── ParityError        two ways of running a pipeline give different values for the same rows
     │   └── StoppedError       the run was told to stop, and can be resumed
     └── ServiceError           a service gave no answer; carries status, code, request id and details
@@ -146,6 +147,10 @@ class DeadLetterError(RunError):
 
 class DeployError(RunError):
     """A version of a service did not take over; the one before it answers as it did."""
+
+
+class EngineLostError(RunError):
+    """An engine that a stage stands on died or hangs. Where something runs the process again, it ends instead, and its rows are run again."""
 
 
 class StoppedError(RunError):

@@ -126,6 +126,22 @@ class ReplicaReady(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineSampled(Event):
+    """An engine within a replica of a group: tokens since the last sample, and the state of this moment. See `readings` for each figure."""
+
+    group: str
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_tokens: int = 0
+    prefix_hits: int = 0
+    preempted: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_cache: float = 0.0
+    kv_cache_peak: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetHalved(Event):
     """An accelerator ran out of memory; from now on this replica divides the stage's batch rule by `divisor`."""
 

@@ -48,7 +48,7 @@ _MODEL_ENDINGS = (
     ".ubj",
     ".xml",
 )
-_MODEL_FILES = ("config.json", "modules.json", "tokenizer.json", "MLmodel", "model.safetensors", "model.onnx")
+_MODEL_FILES = ("adapter_config.json", "config.json", "modules.json", "tokenizer.json", "MLmodel", "model.safetensors", "model.onnx")
 
 
 def facts(pipeline: Pipeline, request: Mapping[str, Any], columns: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -67,7 +67,8 @@ def facts(pipeline: Pipeline, request: Mapping[str, Any], columns: Mapping[str, 
     for stage in pipeline.stages:
         found[f"columns of {stage.name}"] = f"{_columns(stage.reads)} -> {_columns(stage.writes)}"
         for name, value in stage.settings.items():
-            found[f"{stage.name}.{name}"] = repr(value)
+            # Of a function or a class the name: its code counts below, and its repr has an address that is never the same.
+            found[f"{stage.name}.{name}"] = f"{value.__module__}.{value.__qualname__}" if _has_code(value) else repr(value)
             if version := _version(value):
                 found[f"version of {stage.name}.{name}"] = version
         own = {module.__name__: module for module in _modules(stage)}
@@ -114,9 +115,10 @@ def _columns(types: Mapping[str, Any]) -> str:
 
 
 def _modules(stage: Stage) -> Iterator[ModuleType]:
-    """The user's modules that a stage is made of: those of its classes or function, and what they import."""
+    """The user's modules that a stage is made of: those of its classes or function and of its settings, and what they import."""
     call = stage.call
-    waiting = [sys.modules.get(kind.__module__) for kind in ([call] if inspect.isfunction(call) else type(call).__mro__)]
+    given = filter(_has_code, stage.settings.values())
+    waiting = [sys.modules.get(kind.__module__) for kind in ([call] if inspect.isfunction(call) else [*type(call).__mro__, *given])]
     seen: set[str] = set()
     while waiting:
         module = waiting.pop()
@@ -125,6 +127,10 @@ def _modules(stage: Stage) -> Iterator[ModuleType]:
         seen.add(module.__name__)
         yield module
         waiting += [sys.modules.get(name) for name in _imported(module)]
+
+
+def _has_code(value: Any) -> bool:
+    return inspect.isfunction(value) or inspect.isclass(value)
 
 
 def _imported(module: ModuleType) -> Iterator[str]:

@@ -11,6 +11,8 @@ from headrace.hardware import Choice, Cluster, Hardware, choose, share
 from headrace.pipeline import Pipeline
 from headrace.stage import Stage
 
+_SHOWN = 80  # characters of a setting in `explain`
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -173,13 +175,19 @@ def explain(plan: Plan, *, types: Mapping[str, ColumnType] | None = None) -> str
         kind = f"{_span(group.replicas)} kept in memory" if group.replicas else "tasks, as many as there is room for"
         lines.append(f"group {number}: {group.name}    {group.choice}, {kind}" + (f"    begins here: {group.why}" if group.why else ""))
         for stage in group.stages:
-            settings = "".join(f", {name}={value!r}" for name, value in stage.settings.items())
+            settings = "".join(f", {name}={_shown(value)}" for name, value in stage.settings.items() if value is not None)
             reads = ", ".join(f"{name}: {column}" for name, column in stage.reads.items())
             writes = ", ".join(f"{name}: {column}" for name, column in stage.writes.items())
             lines.append(f"   {stage.name}({reads}) -> {writes}    batch {stage.batch}{settings}")
             edge = {**edge, **stage.writes}
         edge = {name: column for name, column in edge.items() if name in group.carries}
     return "\n".join([*lines, *_edge(edge), last])
+
+
+def _shown(value: object) -> str:
+    """A setting in few words."""
+    text = str(getattr(value, "__name__", value)) if callable(value) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
 
 def _span(replicas: tuple[int, int]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.cost import Cost
+from headrace.cost import Cost, money
 from headrace.events import BudgetHalved, GroupPlanned, RunFinished, RunStarted
 from headrace.ledger import LETTERS
 from headrace.state import State
@@ -41,6 +41,45 @@ class Shares:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What the engines of a group's replicas did.
+
+    `generated_per_s` runs from the start of the group's first block to the end of its last; `now_per_s` is that of the last moments.
+    `prefix_share` is the part of the prompts' tokens that was found in the cache, and `kv_cache` the highest use of one, both 0 to 1;
+    `preempted` counts sequences that had to give their room to others, and were computed again.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    generated_per_s: float
+    now_per_s: float
+    prefix_share: float
+    kv_cache: float
+    preempted: int
+
+    @staticmethod
+    def of(sums: GroupSums, tally: Tally) -> EngineReport | None:
+        """The sums as figures, or None where no engine said anything."""
+        if (engine := sums.engine) is None:
+            return None
+        return EngineReport(
+            prompt_tokens=engine.prompt_tokens,
+            generated_tokens=engine.generated_tokens,
+            generated_per_s=engine.generated_tokens / max(sums.last_s - sums.first_s, 1e-9) if sums.rows else 0.0,
+            now_per_s=tally.timeline.rate(f"tokens {sums.plan.group}", tally.last_s) if tally.timeline else 0.0,
+            prefix_share=engine.prefix_hits / engine.prefix_tokens if engine.prefix_tokens else 0.0,
+            kv_cache=engine.kv_cache,
+            preempted=engine.preempted,
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.prompt_tokens:,} prompt and {self.generated_tokens:,} generated tokens"
+        text += f", {rate(self.generated_per_s)} tokens/s" if self.generated_tokens else ""
+        found = f"{self.prefix_share:.0%} of the prompts found in the prefix cache"
+        return f"{text}; KV cache at most {self.kv_cache:.0%} in use, {found}" + (f", {count(self.preempted, 'preemption')}" if self.preempted else "")
+
+
+@dataclass(frozen=True, slots=True)
 class GroupReport:
     """What one group did; its name, kind and hardware are those of `events.GroupPlanned`.
 
@@ -68,6 +107,7 @@ class GroupReport:
     running: int = 0
     ready: int = 0
     starting: int = 0
+    engine: EngineReport | None = None
 
     @staticmethod
     def of(sums: GroupSums, tally: Tally) -> GroupReport:
@@ -93,6 +133,7 @@ class GroupReport:
             running=last.running if last else 0,
             ready=last.replicas if last else 0,
             starting=last.starting if last else 0,
+            engine=EngineReport.of(sums, tally),
         )
 
 
@@ -140,6 +181,12 @@ class Report:
     def rows_per_s(self) -> float:
         """Rows per second of the whole run, start-up included."""
         return (self.rows_in - self.rows_before) / self.wall_s if self.wall_s else 0.0
+
+    @property
+    def usd_per_million_tokens(self) -> float | None:
+        """What the run cost for each million of tokens that engines read and wrote; None where there were none, or no price."""
+        tokens = sum(group.engine.prompt_tokens + group.engine.generated_tokens for group in self.groups if group.engine)
+        return self.cost.usd / tokens * 1e6 if tokens and self.cost and self.cost.usd is not None else None
 
     @property
     def stages(self) -> tuple[GroupReport, ...]:
@@ -201,7 +248,8 @@ class Report:
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         nested = {name: dataclasses.asdict(values[name]) for name in ("timeline",)}
         lists = {name: [dataclasses.asdict(one) for one in values[name]] for name in ("groups", "budgets_halved")}
-        return {**values, **nested, **lists, "rows_per_s": self.rows_per_s, "cost": self.cost.to_dict() if self.cost else None}
+        computed = {"rows_per_s": self.rows_per_s, "usd_per_million_tokens": self.usd_per_million_tokens}
+        return {**values, **nested, **lists, **computed, "cost": self.cost.to_dict() if self.cost else None}
 
     def __str__(self) -> str:
         held = f"{count(self.files, 'file')}, {size(self.bytes)} in {self.output}"
@@ -216,9 +264,11 @@ class Report:
             kept = f" on {count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
-            lines += [f"      {note}" for note in group.notes]
+            lines += [f"      {note}" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
         if self.cost and self.cost.charges:
             lines += str(self.cost).splitlines()
+        if (each := self.usd_per_million_tokens) is not None:
+            lines.append(f"   {money(each)} per million tokens, read and written")
         for halved in self.budgets_halved:
             lines.append(f"   {halved.stage}: out of memory, batches of {halved.rule} divided by {halved.divisor}")
         return "\n".join(lines)

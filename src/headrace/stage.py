@@ -28,7 +28,7 @@ class Stage:
 
     `call` is the function itself, or the instance whose fields are the settings. `replicas` is (least, most); a most of
     None means as many as the cluster holds. `ray` goes to Ray's remote arguments as it stands. `apart` keeps it from sharing
-    a replica with its neighbours online.
+    a replica with its neighbours online. `concurrency` is how many calls one instance takes at a time, from as many threads.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Stage:
     replicas: tuple[int, int | None]
     ray: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
+    concurrency: int = 1
 
     @property
     def is_model(self) -> bool:
@@ -54,11 +55,22 @@ class Stage:
         return {f.name: getattr(self.call, f.name) for f in dataclasses.fields(self.call) if f.init}  # type: ignore[arg-type]
 
     def with_settings(self, values: Mapping[str, Any]) -> Stage:
-        """The same stage with other values for some settings (already of the right types)."""
+        """The same stage with other values for some settings (already of the right types).
+
+        Raises:
+            SettingError: there is no such setting, or the stage would read or write other columns with that value.
+        """
         for name in values:
             if name not in self.settings:
                 raise SettingError(f"stage {self.name!r} has no setting {name!r}; it has {listing(self.settings)}" + nearest(name, self.settings))
-        return dataclasses.replace(self, call=dataclasses.replace(self.call, **values))  # type: ignore[type-var]
+        call = dataclasses.replace(self.call, **values)  # type: ignore[type-var]
+        changed = Stage.of(call)  # of a ready stage, whose columns may follow from its settings
+        if changed.reads.keys() != self.reads.keys() or changed.writes != self.writes:
+            raise SettingError(
+                f"stage {self.name!r}: with {', '.join(map(repr, values))} set to that it would read {listing(changed.reads)} and write "
+                f"{listing(changed.writes)}, and the pipeline is wired for {listing(self.reads)} and {listing(self.writes)}; change it in the pipeline's file"
+            )
+        return dataclasses.replace(self, call=call)
 
     @staticmethod
     def of(step: Any) -> Stage:
@@ -87,6 +99,7 @@ def stage(
     name: str | None = None,
     ray: Mapping[str, Any] | None = None,
     apart: bool = False,
+    concurrency: int = 1,
 ) -> Callable[[T], T]:
     """Make a stage of a function, or of a class with `setup(self, device)` and `__call__`.
 
@@ -101,6 +114,8 @@ def stage(
         name: the function's name, or the class's in snake case, when left out.
         ray: passed through to Ray's remote arguments.
         apart: online, give the stage replicas of its own, which it shares with no neighbour.
+        concurrency: calls that an instance of the class takes at a time, each in a thread of its own: for one that mostly waits,
+            for an engine that batches by itself or for another service.
 
     Raises:
         DefinitionError: the stage is written wrongly; says where.
@@ -128,6 +143,7 @@ def stage(
             replicas=_range(replicas, label),
             ray=_arguments(ray, label),
             apart=apart,
+            concurrency=_concurrency(concurrency, label, is_class=is_class),
         )
         if isinstance(spec.batch, Tokens):
             _check_measured(spec)
@@ -226,6 +242,14 @@ def _arguments(ray: Mapping[str, Any] | None, label: str) -> Mapping[str, Any]:
     if ray is not None and not isinstance(ray, Mapping):
         raise DefinitionError(f"stage {label!r}: ray must map Ray's remote arguments to values, such as {{'max_retries': 3}}, got {ray!r}")
     return MappingProxyType(dict(ray or {}))
+
+
+def _concurrency(count: int, label: str, *, is_class: bool) -> int:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise DefinitionError(f"stage {label!r}: concurrency must be a whole number from 1 on, got {count!r}")
+    if count > 1 and not is_class:
+        raise DefinitionError(f"stage {label!r}: concurrency={count} is for classes; a function runs as tasks, as many as there is room for")
+    return count
 
 
 def _check_measured(spec: Stage) -> None:

@@ -13,6 +13,7 @@ from headrace.events import (
     BlockDone,
     BudgetHalved,
     Committed,
+    EngineSampled,
     Event,
     FileWritten,
     GroupPlanned,
@@ -66,6 +67,27 @@ class Timeline:
 
 
 @dataclass(slots=True)
+class EngineSums:
+    """Running sums over what the engines of a group's replicas said; see `readings`. `kv_cache` is the highest use of one of their caches, 0 to 1."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_tokens: int = 0
+    prefix_hits: int = 0
+    preempted: int = 0
+    kv_cache: float = 0.0
+
+    def sample(self, event: EngineSampled) -> None:
+        """Fold in a sample."""
+        self.prompt_tokens += event.prompt_tokens
+        self.generated_tokens += event.generated_tokens
+        self.prefix_tokens += event.prefix_tokens
+        self.prefix_hits += event.prefix_hits
+        self.preempted += event.preempted
+        self.kv_cache = max(self.kv_cache, event.kv_cache_peak)
+
+
+@dataclass(slots=True)
 class GroupSums:
     """Running sums over a group's blocks, replicas and samples. All times are in seconds.
 
@@ -86,6 +108,7 @@ class GroupSums:
     replicas: int = 0
     setup_s: float = 0.0
     notes: list[str] = field(default_factory=list)
+    engine: EngineSums | None = None
     last: GroupSampled | None = None
     replica_s: float = 0.0
     starved_s: float = 0.0
@@ -196,6 +219,11 @@ class Tally:
                 sums.setup_s = max(sums.setup_s, setup_s)
                 if note and note not in sums.notes and len(sums.notes) < _NOTES:
                     sums.notes.append(note)
+            case EngineSampled(group=group, at_s=at_s):
+                sums = self._group(group)
+                sums.engine = sums.engine or EngineSums()
+                sums.engine.sample(event)
+                self._draw(f"tokens {group}", at_s - 1, at_s, event.generated_tokens)
             case BudgetHalved(stage=stage):
                 self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
 

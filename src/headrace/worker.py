@@ -62,6 +62,8 @@ class Worker:
 
     With a `thread` of its own, stages are set up and called in that one, as libraries with state per thread need it, and
     several threads may run a block each: one is cut up or put together while another computes, and only one computes.
+
+    A stage with a `concurrency` above 1 is called from as many threads instead, by all blocks that are under way together.
     """
 
     def __init__(
@@ -86,6 +88,9 @@ class Worker:
         self.emit = emit
         self.guard = guard
         self.shrink = {stage.name: 1 for stage in stages}
+        self.busy = _Busy()
+        most = max(stage.concurrency for stage in stages)
+        self.pool = ThreadPoolExecutor(most, thread_name_prefix="headrace-call") if most > 1 else None
 
     def __call__(self, data: pa.Table, carries: Iterable[str] | None = None) -> pa.Table:
         """`data` with every stage's columns set, cut down to `carries` and lineage if given; as many rows, in the same order.
@@ -110,7 +115,19 @@ class Worker:
 
     def _block(self, data: pa.Table, carries: Iterable[str] | None, watch: Guard | None) -> pa.Table:
         """One stage after the other; `watch` is told of every call, and keeps those that were deadly from being made again."""
-        started, padded, real, turn = time.perf_counter(), 0, 0, _Turn(self.turn)
+        turn = _Turn(self.turn)
+        self.busy.begin()
+        try:
+            data, real, padded = self._through(data, watch, turn)
+        finally:
+            worked_s = self.busy.end()
+        busy_s = worked_s if self.thread is None else turn.taken_s
+        self.emit(BlockDone(self.group, data.num_rows, busy_s, real, padded))
+        return data if carries is None else data.select([name for name in dict.fromkeys((*carries, *HIDDEN)) if name in data.column_names])
+
+    def _through(self, data: pa.Table, watch: Guard | None, turn: _Turn) -> tuple[pa.Table, int, int]:
+        """`data` with the columns of all stages; the tokens of its rows, and those that the stages were called with."""
+        padded = real = 0
         for stage in self.stages:
             data = data.combine_chunks()
             lengths, rows = measure(stage, data), _good(data)
@@ -125,9 +142,7 @@ class Worker:
                 padded += len(indices) * int(widths[indices].max(initial=0))
             real += int(widths[rows].sum())
             data = _mark(_merge(data, stage, results), faults)
-        busy_s = time.perf_counter() - started if self.thread is None else turn.taken_s
-        self.emit(BlockDone(self.group, data.num_rows, busy_s, real, padded))
-        return data if carries is None else data.select([name for name in dict.fromkeys((*carries, *HIDDEN)) if name in data.column_names])
+        return data, real, padded
 
     def _slices(self, stage: Stage, lengths: Indices, rows: Indices) -> list[Indices]:
         return [rows[part] for part in stage.batch.slices(lengths[rows], shrink=self.shrink[stage.name])]
@@ -174,6 +189,9 @@ class Worker:
     def _stream(self, stage: Stage, data: pa.Table, slices: Sequence[Indices], watch: Guard | None, turn: _Turn) -> Iterator[Outcome]:
         """Outcomes in order. With `overlap`, a thread cuts out the next slice and encodes the last while the stage computes."""
         isolate = FAULT in data.column_names
+        if watch is None and stage.concurrency > 1 and self.pool is not None:
+            yield from self._at_once(self.pool, stage, data, slices, isolate)
+            return
         if watch is not None or not self.overlap or len(slices) == 1:
             with turn:
                 for indices in slices:
@@ -213,6 +231,16 @@ class Worker:
             if encoding is not None:
                 yield encoding.result()
 
+    def _at_once(self, pool: Executor, stage: Stage, data: pa.Table, slices: Sequence[Indices], isolate: bool) -> Iterator[Outcome]:
+        """Outcomes in order, of calls as many at a time as the stage takes."""
+        failed = threading.Event()
+        results = [pool.submit(_unless, failed, _slice, stage, data, indices, isolate) for indices in slices]
+        try:
+            for result in results:
+                yield result.result()
+        finally:
+            wait([result for result in results if not result.cancel()])
+
 
 @dataclass(frozen=True, slots=True)
 class _Here(Generic[T]):
@@ -249,6 +277,30 @@ class _Turn:
     def __exit__(self, *_: object) -> None:
         self.taken_s += time.perf_counter() - self.since
         self.lock.release()
+
+
+class _Busy:
+    """The time in which at least one block was worked on, given out piece by piece as blocks end."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.since, self.pending_s = threading.Lock(), 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        """A block begins."""
+        with self.lock:
+            self._count(1)
+
+    def end(self) -> float:
+        """A block ends: seconds that no block before it was told."""
+        with self.lock:
+            self._count(-1)
+            told, self.pending_s = self.pending_s, 0.0
+            return told
+
+    def _count(self, more: int) -> None:
+        now = time.perf_counter()
+        self.pending_s += now - self.since if self.blocks else 0.0
+        self.since, self.blocks = now, self.blocks + more
 
 
 def measure(stage: Stage, data: pa.Table) -> Indices:

@@ -206,3 +206,24 @@ def test_what_is_told() -> None:
     assert line == f"--where: was {'a' * 57}..., is b"
     text = str(refuse("out", [line]))
     assert text.startswith("output 'out' was begun with something else:\n  --where: was ") and "--accept-change goes on" in text and "--restart" in text
+
+
+ASKING = """import near, pydantic
+import headrace as hr
+
+class Answer(pydantic.BaseModel):
+    good: bool
+
+score = hr.LLM(name="score", model="m", messages=near.ask, schema=Answer)
+reviews = hr.Pipeline("reviews", score)
+"""
+ASK = 'def ask(text: str):\n    return [{"role": "user", "content": text}]\n'
+
+
+def test_functions_and_classes_among_the_settings_count_by_their_code(facts_of: Facts) -> None:
+    """Not by their addresses, which are never the same."""
+    first = facts_of(ASKING, near=ASK)
+    assert first["score.messages"] == "near.ask" and first["score.schema"] == "reviews.Answer"
+    assert facts_of(ASKING, near=ASK, folder="two") == first
+    assert differences(first, facts_of(ASKING, near=ASK.replace("user", "system"))) == ["code of near.py: changed"]
+    assert differences(first, facts_of(ASKING.replace("good", "bad"), near=ASK))[0] == "code of reviews.py: changed"

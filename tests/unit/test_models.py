@@ -20,6 +20,7 @@ from headrace.models import choice, folder, prepare, shelf
 from headrace.models.choice import Trial, Verdict
 from headrace.models.slicing import padded
 from headrace.settings import override
+from headrace.stage import Stage
 
 
 @pytest.fixture
@@ -128,14 +129,14 @@ def test_an_embedder_is_a_stage_with_its_own_columns(model: Path):
     assert stage.replicas == (2, 2) and stage.on == (hr.cpu(2),)
     assert stage.settings["size"] == 12 and "text" not in stage.settings
     again = pickle.loads(pickle.dumps(stage.call))
-    assert hr.Stage.of(again).reads == stage.reads and again == stage.call
+    assert Stage.of(again).reads == stage.reads and again == stage.call
 
 
 def test_settings_are_overridden_without_losing_the_wiring(model: Path):
     reviews = hr.Pipeline("reviews", hr.models.Embedder(model=str(model), text="body"))
     changed = override(reviews, ["embedder.runtime=onnx", "embedder.slice_tokens=512", "embedder.prompt=passage: "]).stage("embedder")
     assert (changed.call.runtime, changed.call.slice_tokens, changed.call.prompt) == ("onnx", 512, "passage: ")
-    assert list(hr.Stage.of(changed.call).reads) == ["body"]
+    assert list(Stage.of(changed.call).reads) == ["body"]
     with pytest.raises(SettingError, match="no setting 'text'"):
         override(reviews, ["embedder.text=title"])
     with pytest.raises(SettingError, match="runtime"):

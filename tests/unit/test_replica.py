@@ -464,6 +464,32 @@ def test_others_begin_when_the_answer_of_one_that_was_alone_is_out_of_the_proces
         assert visit(server, scenario)
 
 
+def test_a_model_that_waits_takes_several_calls_at_once_and_is_set_up_once():
+    made = []
+
+    @hr.stage(out={"y": int}, batch=1, concurrency=3)
+    class Meeting:
+        def setup(self, device):
+            made.append(self)
+            self.barrier = threading.Barrier(3, timeout=20)
+
+        def __call__(self, x: hr.Column[int]):
+            self.barrier.wait()
+            return {"y": x * 2}
+
+    async def scenario(peer):
+        found = {}
+        for first in (0, 3):  # a replica that has measured nothing yet takes as many as it can begin on at once
+            for x in range(first, first + 3):
+                peer.ask({"x": x})
+            found |= await peer.answers(3)
+        return found
+
+    with serving(hr.Pipeline("meeting", Meeting())) as server:
+        assert visit(server, scenario) == {number: {"y": 2 * number - 2} for number in range(1, 7)}
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(
     "send",
     [

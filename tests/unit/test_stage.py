@@ -80,6 +80,7 @@ def test_a_class_is_a_stage_with_settings():
     assert (spec.on, spec.batch, spec.replicas) == ((hr.gpu(1, "L4"), hr.cpu(4)), Tokens(64, "text"), (1, 8))
     assert (dict(spec.ray), spec.apart) == ({"max_restarts": 2}, False)
     assert Stage.of(hr.stage(out={"y": str}, apart=True)(holding())()).apart
+    assert Stage.of(hr.stage(out={"y": str}, concurrency=16)(holding())()).concurrency == 16
     assert Stage.of(spec) is spec
     assert Stage.of(hr.stage(out={"y": str})(holding())()).batch == Rows(32)
 
@@ -155,6 +156,9 @@ def test_columns_read(annotation, text):
         (holding(), {"replicas": (1, 2, 3)}, ["'probe': replicas", "got (1, 2, 3)"]),
         (holding(), {"replicas": "2"}, ["'probe': replicas", "got '2'"]),
         (plain, {"apart": 1}, ["'plain': apart", "True or False", "got 1"]),
+        (holding(), {"concurrency": 0}, ["concurrency", "whole number from 1 on", "got 0"]),
+        (holding(), {"concurrency": True}, ["concurrency", "got True"]),
+        (plain, {"concurrency": 4}, ["'plain': concurrency=4", "for classes"]),
         (plain, {"ray": "max_retries"}, ["'plain': ray", "{'max_retries': 3}", "got 'max_retries'"]),
         (reading(None), {}, ["'probe'", "parameter 'text'", "text: hr.Column[str]", "no annotation"]),
         (reading(str), {}, ["'probe'", "parameter 'text'", "text: hr.Column[str]", "got <class 'str'>"]),

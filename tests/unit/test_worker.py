@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -573,3 +574,43 @@ def test_out_of_memory_while_bisecting(rule, most, overlap):
     data = worker_of([stage_of(body, batch=rule)], overlap=overlap)(traced(values))
     assert list(faults_of(data)) == [2, 4, 17]
     assert data["y"].to_pylist() == [None if "bad" in value else value for value in values]
+
+
+def meeting(parties):
+    """A stage of which so many calls must be under way before any returns."""
+
+    @hr.stage(out={"y": int}, batch=1, concurrency=parties)
+    class Meeting:
+        def setup(self, device):
+            self.barrier = threading.Barrier(parties, timeout=20)
+
+        def __call__(self, x: hr.Column[int]):
+            self.barrier.wait()
+            if x[0] < 0:
+                raise ValueError("below zero")
+            return {"y": x * 2}
+
+    return Stage.of(Meeting())
+
+
+def test_a_stage_that_waits_is_called_several_times_at_once():
+    worker = Worker([meeting(4)])
+    assert worker(pa.table({"x": list(range(12))}))["y"].to_pylist() == [2 * x for x in range(12)]
+
+
+def test_blocks_under_way_share_the_calls_and_count_their_time_once():
+    events = []
+    worker = Worker([meeting(4)], emit=events.append)
+    before = time.perf_counter()
+    with ThreadPoolExecutor(2) as threads:
+        blocks = list(threads.map(worker, [pa.table({"x": [1, 2]}), pa.table({"x": [3, 4]})]))
+    assert [block["y"].to_pylist() for block in blocks] == [[2, 4], [6, 8]]
+    assert sum(event.busy_s for event in events) <= time.perf_counter() - before
+
+
+def test_of_calls_at_once_a_failing_row_is_set_aside_or_raised():
+    out = Worker([meeting(2)])(trace(pa.table({"x": [1, -1, 3, 4]}), 0, np.arange(4)))
+    assert out["y"].to_pylist() == [2, None, 6, 8]
+    assert [text is not None for text in out[FAULT].to_pylist()] == [False, True, False, False]
+    with pytest.raises(StageError, match="below zero"):
+        Worker([meeting(2)])(pa.table({"x": [1, -1, 3, 4]}))

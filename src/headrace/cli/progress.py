@@ -106,7 +106,13 @@ def frame(report: Report) -> RenderableType:
 def _cells(group: GroupReport) -> tuple[str, ...]:
     replicas = f"{group.ready}" + (f" +{group.starting}" if group.starting else "") if group.kind == "model" else count(group.running, "task")
     busy = f"{group.busy_share:.0%}" if group.busy_share is not None and group.kind == "model" else ""
+    busy += f", {_tokens(group)}" if group.engine else ""
     return group.name, f"{group.rows:,}", rate(group.now_per_s), replicas, str(group.queued), busy
+
+
+def _tokens(group: GroupReport) -> str:
+    assert group.engine is not None
+    return f"{rate(group.engine.now_per_s)} tokens/s"
 
 
 def line(report: Report) -> str:
@@ -121,7 +127,8 @@ def line(report: Report) -> str:
         if group.kind == "model":
             busy = f", {group.busy_share:.0%} busy" if group.busy_share is not None and group.ready else ""
             waiting = f" +{group.starting}" if group.starting else ""
-            parts.append(f"{group.name} {group.ready}{waiting} replica{'s' * (group.ready != 1)}{busy}")
+            tokens = f", {_tokens(group)}" if group.engine else ""
+            parts.append(f"{group.name} {group.ready}{waiting} replica{'s' * (group.ready != 1)}{busy}{tokens}")
     if failures := _failures(report):
         parts.append(failures)
     return ", ".join([*parts, *_spent(report), _rest(report)])

@@ -41,7 +41,7 @@ def page(report: Report, *, plan: str = "") -> str:
         *_over_time(report),
         *_groups(report),
         *_failures(report),
-        *_money(report.cost),
+        *_money(report.cost, report.usd_per_million_tokens),
         *_plan(plan),
         *_footer(report),
     ]
@@ -186,7 +186,7 @@ def _card(group: GroupReport, report: Report) -> list[str]:
         facts += [count(group.replicas, "replica"), f"ready after {duration(group.setup_s)}" if group.replicas else "none was ever ready"]
     facts += [f"batches of {_safe(', '.join(group.rules))}" if group.rules and model else "", f"{percent(group.padding)} padding" if group.padding else ""]
     lines = ['<section class="group">', f"<h3>{_safe(group.name)}</h3>", f"<p>{'; '.join(filter(None, facts))}</p>"]
-    lines += [f"<p>{_safe(note)}</p>" for note in group.notes]
+    lines += [f"<p>{_safe(note)}</p>" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
     if group.shares is not None:
         lines.append(stack([(kind, label, getattr(group.shares, kind)) for kind, label in _PARTS]))
     curves = [
@@ -196,6 +196,7 @@ def _card(group: GroupReport, report: Report) -> list[str]:
             "Busy share of its replicas" if model else "At work at once, on average",
             1.0 if model else None,
         ),
+        (_curve(report, f"tokens {group.name}"), "Tokens generated per second", None),
     ]
     figures = [
         f"<figure><figcaption>{what}</figcaption>{plot(curve, what=f'{_plain(group.name)}: {what}', top=top, percent=top is not None)}</figure>"
@@ -252,14 +253,15 @@ def _failures(report: Report) -> list[str]:
     return lines if len(lines) > 1 else [*lines, '<p class="good">Nothing: no dead letters, no unreadable files, no process died.</p>']
 
 
-def _money(cost: Cost | None) -> list[str]:
+def _money(cost: Cost | None, per_tokens: float | None) -> list[str]:
     lines = ["<h2>Money</h2>"]
     if cost is None:
         return [*lines, '<p class="soft">No machine was seen, so there is nothing to price.</p>']
     if cost.usd is not None:
         least = "At least " if cost.unpriced else ""
         each = f", {money(cost.usd_per_million_rows)} per million rows" if cost.usd_per_million_rows is not None else ""
-        lines.append(f"<p>{least}<strong>{money(cost.usd)}</strong>{each}.</p>")
+        tokens = f", {money(per_tokens)} per million tokens" if per_tokens is not None else ""
+        lines.append(f"<p>{least}<strong>{money(cost.usd)}</strong>{each}{tokens}.</p>")
     if cost.busy is not None and cost.idle is not None:
         idle = f": {money(cost.idle_usd)}" if cost.idle_usd is not None else ""
         lines.append(stack([("computing", "at work", cost.busy), ("rest", f"idle hardware{idle},", cost.idle)]))

@@ -70,7 +70,8 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
         return dataset.map_batches(Functions(group, log), batch_size=size, batch_format="pyarrow", **options)
     least, most = group.replicas
     useful = most if count is None else min(most, max(1, math.ceil(count / rows)))
-    at_once = 2 if hardware.gpus else 1  # see Replica
+    # See Replica. What waits for something else is given a second block, so that it has work while the first one's last rows are done.
+    at_once = 2 if hardware.gpus or group.stages[0].concurrency > 1 else 1
     pool = compat.ActorPoolStrategy(
         min_size=min(least, useful),
         max_size=most,
@@ -91,11 +92,11 @@ def block_rows(plan: Plan, source: Source, *, count: int | None) -> int:
     """
     models = [group for group in plan.groups if group.replicas]
     replicas = sum(group.replicas[1] for group in models if group.replicas) or int(plan.cluster.cpus) or 1
-    rules = [stage.batch for group in models for stage in group.stages]
+    stages = [stage for group in models for stage in group.stages]
     ideal = 16_384
     if models:
-        call_rows = max(_slice_rows(rule, source) for rule in rules)
-        slice_rows = max(_slice_rows(rule, source) if isinstance(rule, Tokens) else min(_UNSORTED_ROWS, rule.count) for rule in rules)
+        call_rows = max(stage.concurrency * _slice_rows(stage.batch, source) for stage in stages)
+        slice_rows = max(_slice_rows(s.batch, source) if isinstance(s.batch, Tokens) else min(_UNSORTED_ROWS, s.batch.count) for s in stages)
         best = 8 * call_rows if count is None else math.isqrt(2 * slice_rows * count // replicas)
         ideal = min(4096, max(best, min(512, 2 * call_rows)))
     if count is not None:

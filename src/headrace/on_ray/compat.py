@@ -243,8 +243,9 @@ def ship_with_neighbours(call: Any) -> None:
 
 
 def _own_modules(call: Any) -> Iterator[tuple[ModuleType, Path]]:
-    """The user's modules that define a stage, and their files."""
-    for kind in [call] if inspect.isfunction(call) else type(call).__mro__:
+    """The user's modules that define a stage and its settings, and their files."""
+    given = [] if inspect.isfunction(call) else [value for value in vars(call).values() if inspect.isclass(value) or inspect.isfunction(value)]
+    for kind in [call] if inspect.isfunction(call) else [*type(call).__mro__, *given]:
         module = sys.modules.get(kind.__module__)
         file = getattr(module, "__file__", None)
         if module is not None and file and module.__name__ != "__main__" and not _is_installed(module, file):

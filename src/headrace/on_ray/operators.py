@@ -15,11 +15,13 @@ import pyarrow as pa
 import ray
 import threadpoolctl
 
+from headrace import expendable
 from headrace.columns import ColumnType
-from headrace.errors import SourceError, StageError
+from headrace.errors import HeadraceError, SourceError
 from headrace.events import BlockDone, Event, ProcessDied, ReplicaReady, UnitLost, UnitRead
 from headrace.plan import Group
 from headrace.readers import read
+from headrace.readings import Readings
 from headrace.resume import Todo
 from headrace.tally import READER
 from headrace.units import Source
@@ -152,18 +154,22 @@ class Replica:
     def __init__(self, group: Group, log: Any) -> None:
         started = time.perf_counter()
         self.carries = group.carries
-        self.failed: StageError | None = None
+        self.failed: HeadraceError | None = None
+        self.readings: Readings | None = None
+        expendable.declare()
         hardware = group.choice.hardware
         limit_threads(max(1, int(hardware.cpus)))
         note = ""
         try:
             thread = None
-            if hardware.gpus:  # which must not wait while the next block is made ready; a CPU has its hands full in any case
+            # An accelerator must not wait while the next block is made ready; a CPU has its hands full in any case.
+            if hardware.gpus and group.stages[0].concurrency == 1:
                 thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-device")
                 sys.setswitchinterval(0.0005)  # s, instead of 0.005, for which other threads may keep it from the interpreter
             self.worker = Worker(group.stages, group=group.name, device=hardware.device, emit=log.add.remote, guard=Journal(log), thread=thread)
             note = self.worker.note
-        except StageError as error:
+            self.readings = Readings(self.worker.stages, group=group.name, emit=log.add.remote)
+        except HeadraceError as error:
             # Raised at the first call instead: Ray turns an error of an actor's constructor into text, and starts it again.
             self.failed = error
         limit_threads(max(1, int(hardware.cpus)))  # again, for the libraries that setup has loaded
@@ -173,7 +179,10 @@ class Replica:
     def __call__(self, block: pa.Table) -> pa.Table:
         if self.failed is not None:
             raise self.failed
-        return self.worker(block, self.carries) if block.num_rows else block
+        done = self.worker(block, self.carries) if block.num_rows else block
+        if self.readings is not None:
+            self.readings.tell()
+        return done
 
 
 def limit_threads(count: int) -> None:

@@ -26,6 +26,7 @@ import ray
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace import expendable
 from headrace import plan as planning
 from headrace.arrays import table, to_rows
 from headrace.client.attempts import error_from
@@ -174,6 +175,7 @@ class GroupReplica:
 
     def __init__(self, task: Task, terms: Terms, *later: deployments.DeploymentHandle[Any]) -> None:
         words.install()
+        expendable.declare()
         deployments.listen_narrowly()
         self.task, self.terms, self.later = task, terms, later
         self._leaving = threading.Event()

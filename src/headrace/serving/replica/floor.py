@@ -72,7 +72,7 @@ class Station:
 
     @property
     def model(self) -> bool:
-        """Whether it is a model, which has one thread."""
+        """Whether it is a model, which has one thread unless its `concurrency` says otherwise."""
         return self.stages[0].is_model
 
     @property
@@ -128,7 +128,7 @@ class Floor:
             first, model = run[0].batch, run[0].is_model
             rule = first if isinstance(first, Tokens) else Rows(min(stage.batch.count for stage in run if isinstance(stage.batch, Rows)))
             following = {name for later in runs[at + 1 :] for stage in later for name in stage.reads}
-            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), 1 if model else threads, Line(rule)))
+            self.stations.append(Station(at, run, rule, frozenset({*writes, *following}), run[0].concurrency if model else threads, Line(rule)))
         models = [station for station in self.stations if station.model]
         self._counted = models or self.stations
 
@@ -139,7 +139,7 @@ class Floor:
         """
         worst = None
         for station in self.stations:
-            if station.backlog - station.busy >= station.full:  # the next call is full: more only adds to the wait
+            if station.backlog - station.busy >= station.full * station.threads:  # the next calls are full: more only adds to the wait
                 wait_s = station.wait_s
                 if not station.pace.calls or wait_s > self._limits.latency_s:
                     worst = max(worst or 0.01, wait_s - self._limits.latency_s + station.pace.call_s)

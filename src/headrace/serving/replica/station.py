@@ -64,14 +64,13 @@ class Stations:
         self._wary_until_s = 0.0
         try:
             for station in floor.stations:
-                make = functools.partial(Worker, station.stages, group=group, device=device, overlap=False)
+                make = functools.partial(_worker, station, group, device)
                 for seat in range(station.threads):
                     ready: Future[Worker] = Future()
                     self._spawn(self._set_up, station, seat, make, ready)
                     station.workers.append(ready.result())
             if len(floor.stations) == 1 and not station.model and isinstance(station.rule, Rows):
                 self._here = make()
-                lean.contain(self._here)
         finally:
             if sys.exception() is not None:
                 self.close()
@@ -115,7 +114,6 @@ class Stations:
         """A station's thread: what is set up in it is called in it."""
         try:
             worker = make()
-            lean.contain(worker)
             ready.set_result(worker)
         except (StageError, SystemExit) as error:
             ready.set_exception(error if isinstance(error, StageError) else StageError(f"the set-up ended with SystemExit({error})"))
@@ -232,6 +230,15 @@ class Stations:
             if sys.exception() is not None:
                 self.floor.cancel(jobs)
                 self.owner.deliver([(job, BROKEN) for job in jobs])
+
+
+def _worker(station: Station, group: str, device: str) -> Worker:
+    """What a thread of the station calls: all threads of a model the same instance, functions each their own."""
+    if station.model and station.workers:
+        return station.workers[0]
+    worker = Worker(station.stages, group=group, device=device, overlap=False)
+    lean.contain(worker)
+    return worker
 
 
 def _measure(jobs: list[Job], station: Station) -> None:

