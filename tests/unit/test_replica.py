@@ -448,7 +448,7 @@ def test_a_request_that_is_to_be_announced_is_not():
 
 
 def test_others_begin_when_the_answer_of_one_that_was_alone_is_out_of_the_process(monkeypatch):
-    gate, out = Gate(batch=1), threading.Event()
+    gate, out = Gate(), threading.Event()
     monkeypatch.setattr(hearing.Connection, "written", lambda connection: out.is_set())
 
     async def scenario(peer):
