@@ -75,7 +75,9 @@ def contenders(kind: str, path: str, port: int, arguments: argparse.Namespace, f
     key = (
         "none"
         if arguments.only and not any(name.startswith("headrace") for name in arguments.only)
-        else subprocess.run(["headrace", "keys", "create", "benchmark", "--file", str(keys)], capture_output=True, text=True, check=True).stdout.split()[-1]
+        else subprocess.run(
+            ["headrace", "keys", "create", f"round-{time.time_ns()}", "--file", str(keys)], capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
     )
     options = ["--port", str(port), "--replicas", "1", "--keys", str(keys), "--log", "off", "--latency", "30s"]
     ours = {"headrace": f"{kind}_headrace.py"} | ({"headrace, embedder": "embed_embedder.py"} if kind == "embed" else {})
