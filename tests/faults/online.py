@@ -441,8 +441,11 @@ def bad_clients(service: Service, *, idle: int = 5000, seconds: float = 25) -> d
 
 
 @contextlib.contextmanager
-def nodes() -> Iterator[tuple[str, Callable[[], None]]]:
-    """A cluster of a head and two nodes on this machine: its address, and what takes a node away."""
+def nodes() -> Iterator[tuple[str, Callable[[Service], None]]]:
+    """A cluster of a head and two nodes on this machine: its address, and what takes a node away on which no front door of a service is.
+
+    A front door that goes takes its connections with it, which is a case of its own (`killed`).
+    """
     from ray.cluster_utils import Cluster
 
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_MODE")}
@@ -451,16 +454,22 @@ def nodes() -> Iterator[tuple[str, Callable[[], None]]]:
     try:
         added = [cluster.add_node(num_cpus=3, object_store_memory=128 << 20) for _ in range(2)]
         cluster.wait_for_nodes()
-        yield cluster.address, lambda: cluster.remove_node(added.pop(), allow_graceful=False)
+
+        def remove(service: Service) -> None:
+            of_doors = {door.ppid() for door in service.members("door")}
+            away = next(node for node in added if node.all_processes["raylet"][0].process.pid not in of_doors)
+            cluster.remove_node(away, allow_graceful=False)
+
+        yield cluster.address, remove
     finally:
         cluster.shutdown()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def node_removed(service: Service, remove: Callable[[], None], *, seconds: float = 30) -> dict[str, Any]:
+def node_removed(service: Service, remove: Callable[[Service], None], *, seconds: float = 30) -> dict[str, Any]:
     """A node and everything on it is gone from one moment to the next."""
     with traffic(light(service, seconds=seconds)) as result:
         time.sleep(4)
-        remove()
+        remove(service)
     return account(result())
