@@ -15,7 +15,9 @@ from headrace.events import EngineSampled, Event
 from headrace.stage import Stage
 
 _EACH_S = 1.0
-_GROWING = ("prompt_tokens", "generated_tokens", "prefix_tokens", "prefix_hits", "preempted")
+GROWING = ("prompt_tokens", "generated_tokens", "prefix_tokens", "prefix_hits", "preempted")
+"""The figures that only ever grow."""
+
 _STATE: dict[str, type] = {"running": int, "waiting": int, "kv_cache": float, "kv_cache_peak": float}
 
 
@@ -25,7 +27,7 @@ class Readings:
     def __init__(self, stages: Iterable[Stage], *, group: str, emit: Callable[[Event], object]) -> None:
         self.group, self.emit = group, emit
         self._read: list[Any] = [stage.call.figures for stage in stages if hasattr(stage.call, "figures")]
-        self._before = [dict.fromkeys(_GROWING, 0.0) for _ in self._read]
+        self._before = [dict.fromkeys(GROWING, 0.0) for _ in self._read]
         self._lock = threading.Lock()
         if self._read:
             threading.Thread(target=self._tell, name="headrace-readings", daemon=True).start()
@@ -35,8 +37,8 @@ class Readings:
         with self._lock:
             for read, before in zip(self._read, self._before, strict=True):
                 now = {**before, **read()}
-                grown: dict[str, Any] = {name: int(now[name] - before[name]) for name in _GROWING}
-                before.update({name: now[name] for name in _GROWING})
+                grown: dict[str, Any] = {name: int(now[name] - before[name]) for name in GROWING}
+                before.update({name: now[name] for name in GROWING})
                 state: dict[str, Any] = {name: kind(now.get(name, 0)) for name, kind in _STATE.items()}
                 if any(grown.values()) or state["running"] or state["waiting"]:
                     self.emit(EngineSampled(self.group, **grown, **state))

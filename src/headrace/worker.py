@@ -233,12 +233,11 @@ class Worker:
 
     def _at_once(self, pool: Executor, stage: Stage, data: pa.Table, slices: Sequence[Indices], isolate: bool) -> Iterator[Outcome]:
         """Outcomes in order, of calls as many at a time as the stage takes."""
-        failed = threading.Event()
-        results = [pool.submit(_unless, failed, _slice, stage, data, indices, isolate) for indices in slices]
+        results = [pool.submit(_slice, stage, data, indices, isolate) for indices in slices]
         try:
             for result in results:
                 yield result.result()
-        finally:
+        finally:  # after an error, those that have not begun do not begin, and none runs on
             wait([result for result in results if not result.cancel()])
 
 

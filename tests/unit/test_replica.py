@@ -14,6 +14,7 @@ import headrace as hr
 from headrace.errors import StageError
 from headrace.serving.replica import hearing
 from headrace.serving.replica import server as replica
+from headrace.serving.replica.station import Stations
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Kind, encode
 
@@ -435,6 +436,18 @@ def test_slow_ones_are_not():
     with sleepy() as (server, names):
         visit(server, scenario)
     assert set(names) == {"headrace-station"}
+
+
+def test_a_mistake_of_ours_in_the_loop_costs_the_connection_and_no_more(monkeypatch):
+    async def scenario(door, other):
+        with monkeypatch.context() as patch:
+            patch.setattr(Stations, "compute_here", lambda stations, job: 1 / 0)
+            door.ask({"text": "a"})
+            assert await ended(door)
+        return await other.call({"text": "a"})  # answers are sent as before
+
+    with serving(SHOUT) as server:
+        assert visit(server, lambda door, other: quietly(scenario(door, other)), peers=2) == {"loud": "A"}
 
 
 def test_a_request_that_is_to_be_announced_is_not():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from headrace.readings import GROWING
+
 
 class Steps:
     """Sums over the steps of an engine. `count` is their number."""
@@ -12,7 +14,7 @@ class Steps:
     def __init__(self) -> None:
         self.count = 0
         self._lock = threading.Lock()
-        self._sums = dict.fromkeys(("prompt_tokens", "generated_tokens", "prefix_tokens", "prefix_hits", "preempted"), 0.0)
+        self._sums = dict.fromkeys(GROWING, 0.0)
         self._running = self._waiting = 0
         self._kv_cache = self._kv_cache_peak = 0.0
 

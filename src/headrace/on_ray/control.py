@@ -42,23 +42,22 @@ class Charge:
     @property
     def kept(self) -> str:
         """Where in Ray's store the state is kept."""
-        return self.key(self.service)
-
-    @staticmethod
-    def key(service: str) -> str:
-        """The same for a service of that name."""
-        return f"control/{service}"
+        return _kept(self.service)[0]
 
     @property
     def kept_keys(self) -> str:
-        """Where in Ray's store the keys that were valid last are kept."""
-        return f"{self.kept}/keys"
+        """Where the keys that were valid last are kept."""
+        return _kept(self.service)[1]
 
     @staticmethod
     def forget(service: str) -> None:
         """Take away what is kept for a service of that name."""
-        for key in (Charge.key(service), f"{Charge.key(service)}/keys"):
+        for key in _kept(service):
             compat.remember(key, None)
+
+
+def _kept(service: str) -> tuple[str, str]:
+    return f"control/{service}", f"control/{service}/keys"
 
 
 class Control:

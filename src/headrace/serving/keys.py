@@ -24,8 +24,8 @@ from headrace.errors import KeyFileError, listing, nearest
 
 PREFIX = "hr_"
 MOST_KEYS = 10_000
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SERVICE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -41,6 +41,12 @@ class Key:
     name: str
     sha256: str
     created: str
+
+
+def new_token() -> tuple[str, str]:
+    """The text of a new key, and its SHA-256 in hex."""
+    token = PREFIX + secrets.token_urlsafe(32)
+    return token, hashlib.sha256(token.encode()).hexdigest()
 
 
 def check(hashes: Mapping[str, str], presented: str | bytes) -> str | None:
@@ -82,9 +88,9 @@ class KeyFile:
         Raises:
             KeyFileError: the name is taken or no name, or the file is damaged, full or out of reach.
         """
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise KeyFileError(f"a key cannot be named {name[:80]!r}: letters, digits, '.', '_' and '-', at most 64 of them, the first a letter or a digit")
-        token = PREFIX + secrets.token_urlsafe(32)
+        token, sha256 = new_token()
         with self._locked():
             keys = self._read() if self.path.exists() else ()
             if any(key.name == name for key in keys):
@@ -92,7 +98,7 @@ class KeyFile:
             if len(keys) >= MOST_KEYS:
                 raise KeyFileError(f"{str(self.path)!r} holds {MOST_KEYS:,} keys, which is the most")
             created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            self._write([*keys, Key(name, hashlib.sha256(token.encode()).hexdigest(), created)])
+            self._write([*keys, Key(name, sha256, created)])
         return token
 
     def revoke(self, name: str) -> None:
@@ -211,7 +217,7 @@ def _parsed(content: bytes) -> tuple[Key, ...]:
 
 
 def _key(at: int, value: Any) -> Key:
-    fields = {"name": _NAME, "sha256": _SHA256, "created": _CREATED}
+    fields = {"name": NAME, "sha256": _SHA256, "created": _CREATED}
     if not isinstance(value, dict) or value.keys() != fields.keys():
         raise ValueError(f"key {at} is not an object of 'name', 'sha256' and 'created'")
     for field, pattern in fields.items():

@@ -5,10 +5,7 @@ The text of a key is that of `headrace.serving.keys`, and so is the way in which
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +18,8 @@ from headrace.gateway.accounts.database import Database
 from headrace.gateway.accounts.limits import NANO, Limits, Priority
 from headrace.gateway.accounts.quotas import day_of
 from headrace.gateway.accounts.tables import about, keys
-from headrace.serving.keys import MOST_KEYS, PREFIX, check
+from headrace.serving.keys import MOST_KEYS, NAME, check, new_token
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_OWNER = 200
 
 
@@ -63,12 +59,12 @@ class Keys:
         Raises:
             AccountsError: the name is taken or no name, or the database is full or out of reach.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             allowed = "letters, digits, '.', '_' and '-', at most 64 of them, the first a letter or a digit"
             raise AccountsError(f"a key cannot be named {str(name)[:80]!r}: {allowed}")
         if not isinstance(owner, str) or len(owner) > _MOST_OWNER or not (owner.isprintable() or not owner):
             raise AccountsError(f"an owner must be a line of at most {_MOST_OWNER} characters, got {str(owner)[:80]!r}")
-        token, now = PREFIX + secrets.token_urlsafe(32), self._clock()
+        (token, sha256), now = new_token(), self._clock()
         with self.database.writing() as connection:
             _change(connection)
             taken = connection.execute(sa.select(keys.c.revoked).where(keys.c.name == name)).one_or_none()
@@ -81,7 +77,7 @@ class Keys:
                 keys.insert().values(
                     name=name,
                     owner=owner,
-                    sha256=hashlib.sha256(token.encode()).hexdigest(),
+                    sha256=sha256,
                     created=now,
                     minute="[]",
                     month=day_of(now)[:7],

@@ -193,7 +193,5 @@ class Connection(asyncio.Protocol):
                 self._owner.cancel([self.jobs.pop(frame.number)])
         elif frame.kind is Kind.PING:
             self._pinged = True
-        elif frame.kind is Kind.HELLO:
-            pass  # of a door that thinks it is asked for a token
         else:
             raise ValueError(f"a door does not send {frame.kind.name}")

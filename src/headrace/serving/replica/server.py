@@ -44,7 +44,7 @@ _OURS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, Memo
 class ReplicaServer:
     """Stages that answer requests over sockets. Making one sets the stages up; `start` opens the port.
 
-    `reads` are the columns of requests, `carries` those of answers. Functions run in `threads` threads, a model in one.
+    `reads` are the columns of requests, `carries` those of answers. Functions run in `threads` threads, a model in as many as its `concurrency` says.
     `token` is what whoever connects must name first, "" for none.
 
     Raises:
@@ -193,10 +193,12 @@ class ReplicaServer:
         if self._new:
             new, self._new = self._new, []
             self._called = True  # by itself: what is delivered meanwhile is sent here
-            if len(new) > 1 or not self._stations.compute_here(new[0]):
-                self._floor.put(new)
-            self._called = False
-            self._send_answers()
+            try:
+                if len(new) > 1 or not self._stations.compute_here(new[0]):
+                    self._floor.put(new)
+            finally:  # whatever goes wrong: with the flag set no answer would ever be sent again
+                self._called = False
+                self._send_answers()
         for connection in self._touched:
             connection.flush()
         self._touched.clear()

@@ -1,8 +1,8 @@
 """The stations of a replica: the threads that compute what waits on the floor, call by call.
 
-A model is a station with one thread of its own, in which it is set up and called; neighbouring functions share one, so that the loop of
-the sockets never computes. A thread that is free takes what is there at once: nobody waits for company while there is nothing to wait
-for. What arrives meanwhile goes into the next call. Between stations go tables, not copies.
+A model is a station with a thread of its own, in which it is set up and called, or as many as its `concurrency` says; neighbouring
+functions share one, so that the loop of the sockets never computes. A thread that is free takes what is there at once: nobody waits for
+company while there is nothing to wait for. What arrives meanwhile goes into the next call. Between stations go tables, not copies.
 
 There is one exception. Where all stages are functions, whose calls have been shown to take less time than it takes to wake a thread and be
 woken by it, the loop computes a small request that comes alone itself (`compute_here`). A first call that takes longer ends that for a while.
