@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,19 +15,16 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headrace.on_ray.naming import control_of
+from headrace.on_ray.lines import Line
 from headrace.serving import words
 from headrace.serving.door.app import Door
 from headrace.serving.door.server import DoorServer
 from headrace.serving.routes import Endpoint, Routes
-from headrace.serving.watch.logs import AccessLog
+from headrace.serving.watch.logs import AccessLog, Shared
 from headrace.serving.watch.pipes import writer
 from headrace.serving.watch.traces import Traces
 
-_REPORT_S = 1.0
-_LOOK_S = 0.1  # between looks whether control must know something at once
-_WAIT_S = 10.0  # of one long poll
-_AWAY = (ray.exceptions.RayError, ValueError)  # control is dead, starts again, or is busy; ValueError: no actor of its name yet
+_GUESTS_S = 5.0  # for the routes of guests to come before a door opens without
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +51,27 @@ class Opening(Protocol):
 
 
 class FrontDoor:
-    """The actor. Two threads beside the server's own: one hears of new routes, the other reports."""
+    """The actor: a door of a service, and behind it one of each of that service's guests. Each has a line to its own control."""
 
     def __init__(self, listening: Listening, number: int) -> None:
-        self.service = listening.service
-        self.name = str(number)
-        self._stopped = threading.Event()
-        self._urgent: frozenset[object] = frozenset()
-        self._control: Any = None
-        routes: Routes | None = None
-        while routes is None:  # a door that knows no routes would answer 404
-            routes = self._ask(lambda control: control.routes.remote(-1))
-        log = None if listening.logs is None else AccessLog(writer(listening.logs, number) or sys.stdout, service=self.service, door=self.name)
-        self.door = Door(self.service, name=self.name, ask_words=_ask_words, log=log)
-        self.door.traces = Traces.from_environment(self.service, door=self.name)
+        self.service, self.name = listening.service, str(number)
+        self._log = None if listening.logs is None else Shared(writer(listening.logs, number) or sys.stdout)
+        self._line = Line(self.service)
+        self._guests: dict[str, tuple[Line, Door]] = {}
+        routes = self._line.first()  # a door that knows no routes would answer 404
+        assert routes is not None
+        until_s = time.monotonic() + _GUESTS_S
+        lines = {guest: Line(guest) for guest in routes.guests}
+        known = {guest: line.first(within_s=until_s - time.monotonic()) for guest, line in lines.items()}
+        self.door = self._door(self.service)
         self.server = DoorServer(self.door, host=listening.host, port=listening.port, tls=listening.tls)
         self.port = self.server.start()
         if listening.opening is not None:
             self.server.run(listening.opening.open(self.door))
+        for guest, line in lines.items():
+            self._welcome(line, known[guest])
         self.server.call(self.door.update, routes)
-        self._revision = routes.revision
-        for work in (self._hear, self._report):
-            threading.Thread(target=self._run, args=(work,), name=f"headrace-{work.__name__.strip('_')}", daemon=True).start()
+        self._attend(self._line, self.door, self._heard)
 
     def listens(self) -> tuple[int, int]:
         """The port, and the process."""
@@ -84,55 +79,68 @@ class FrontDoor:
 
     def drain(self, timeout_s: float) -> None:
         """Take no more connections, and finish what was taken."""
-        self._stopped.set()
+        there = [(self._line, self.door), *self._guests.values()]
+        for line, _ in there:
+            line.close()
         self.server.stop(timeout_s)
-        if self.door.log is not None:
-            self.door.log.close()
+        for _, door in there:
+            if door.log is not None:
+                door.log.close()
 
-    def _run(self, work: Callable[[], None]) -> None:
-        """A door whose threads end would go on with old routes for ever: it ends as a whole, and Ray starts it again."""
-        try:
-            while not self._stopped.is_set():
-                work()
-        finally:
-            if not self._stopped.is_set():
-                traceback.print_exc()
-                os._exit(1)
+    def dismiss(self, guest: str, timeout_s: float) -> None:
+        """Take no more requests for a guest, which is none any more, and finish those that were taken."""
+        self.server.run(self.door.lobby.dismiss(guest, timeout_s=timeout_s))
 
-    def _hear(self) -> None:
-        routes = self._ask(lambda control: control.routes.remote(self._revision, _WAIT_S))
+    def _heard(self, routes: Routes) -> None:
+        """There are other routes, and maybe other guests."""
+        for guest in set(self._guests) - set(routes.guests):
+            line, door = self._guests.pop(guest)
+            line.close()
+            threading.Thread(target=self._part, args=(door,), name=f"headrace-part-{guest}", daemon=True).start()
+        for guest in routes.guests:
+            if guest not in self._guests:
+                self._welcome(Line(guest), None)
+        self.server.call(self.door.update, routes)
+
+    def _welcome(self, line: Line, routes: Routes | None) -> None:
+        """Let requests for a guest in. While its routes are not known yet, nobody is told that it has nothing of that name."""
+        door = self._door(line.service)
+        guests = self.door.lobby.guests
+
+        def update(routes: Routes) -> None:
+            if guests.get(door.service) is door:  # and was not dismissed meanwhile
+                door.update(routes)
+
+        self._guests[line.service] = line, door
+        self.server.call(guests.__setitem__, line.service, door)
         if routes is not None:
-            self._revision = routes.revision
-            self.server.call(self.door.update, routes)
+            self.server.call(update, routes)
+        self._attend(line, door, lambda routes: self.server.call(update, routes))
 
-    def _report(self) -> None:
-        report = self.server.call(self.door.report)
-        answer = self._ask(lambda control: control.report.remote(report))
-        if answer is not None:
-            self.server.call(self._take, *answer)
-        told, until_s = self._urgent, time.monotonic() + _REPORT_S
-        while time.monotonic() < until_s and not self._stopped.wait(_LOOK_S):
-            self._urgent = self.server.call(self._needs)
-            if self._urgent - told:
-                return
+    def _part(self, door: Door) -> None:
+        """Finish what was taken for a guest that is none any more."""
+        self.dismiss(door.service, door.limits.deadline_s)
+        if door.log is not None:
+            door.log.close()
 
-    def _needs(self) -> frozenset[object]:
-        """What control is to know at once: requests wait where there is no replica, or a replica hangs."""
-        return frozenset({*self.door.fleet.waiting(), *self.door.fleet.hung()})
+    def _door(self, service: str) -> Door:
+        log = None if self._log is None else AccessLog(self._log, service=service, door=self.name)
+        door = Door(service, name=self.name, ask_words=_ask_words, log=log, guest=service != self.service)
+        door.traces = Traces.from_environment(service, door=self.name)
+        return door
 
-    def _take(self, peers: list[str], snapshot: dict[str, Any]) -> None:
-        self.door.peers = peers
-        self.door.snapshot = snapshot
+    def _attend(self, line: Line, door: Door, heard: Callable[[Routes], None]) -> None:
+        """Hear what a service's control says to its door, and tell it what that counts."""
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """What control answers, or None after a short pause when it does not."""
-        try:
-            self._control = self._control or control_of(self.service)
-            return ray.get(question(self._control), timeout=_WAIT_S + 5.0)
-        except _AWAY:
-            self._control = None
-            self._stopped.wait(0.2)
-            return None
+        def needs() -> frozenset[object]:
+            """What control is to know at once: requests wait where there is no replica, or a replica hangs."""
+            return frozenset({*door.fleet.waiting(), *door.fleet.hung()})
+
+        def take(peers: list[str], snapshot: dict[str, Any]) -> None:
+            door.peers, door.snapshot = peers, snapshot
+
+        line.hear(heard)
+        line.report(lambda: self.server.call(door.report), lambda *answer: self.server.call(take, *answer), urgent=lambda: self.server.call(needs))
 
 
 async def _ask_words(endpoint: Endpoint) -> str | None:

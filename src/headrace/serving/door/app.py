@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.serving.door import heads
 from headrace.serving.door.callers import ANYBODY, Caller, Doorman, admitted
 from headrace.serving.door.exchange import CLOSE, Exchange, Memory, Message, Receive, Send
 from headrace.serving.door.fleet import Fleet
+from headrace.serving.door.lobby import Lobby
 from headrace.serving.door.pairs import Mirror
 from headrace.serving.door.retries import AskWords, Retries
 from headrace.serving.door.routing import Pool
@@ -53,17 +55,18 @@ class Door:
     `peers` are the Prometheus texts of the other doors, `snapshot` is what `/status` says beside this door's own figures, `traces` where
     spans go, if anywhere, `connections` how many clients are connected, of `most_connections` that this process can have, and `leaving` whether new ones
     are better taken elsewhere, `edge` what answers below `/v1/`, and `doorman` who knows keys beside those of the routes; whoever runs the
-    door sets them.
+    door sets them. `lobby` has the doors of other services behind the same address; one of those is made as a `guest`.
     """
 
-    def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None) -> None:
+    def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None, guest: bool = False) -> None:
         self.service = service
         self.name = name
         self.log = log
         self.traces: Traces | None = None
         self.edge: Edge | None = None
         self.doorman: Doorman | None = None
-        self.metrics = DoorMetrics(service, name)
+        self.lobby = Lobby(self)
+        self.metrics = DoorMetrics(service, name, process=not guest)
         self.retries = Retries(ask_words=ask_words, retried=self._retried)
         self.fleet = Fleet(retries=self.retries, answered=self._answered)
         self.mirror = Mirror(paired=self.metrics.paired)
@@ -124,7 +127,9 @@ class Door:
             groups = [{"name": pool.group, "ready": len(pool.usable), "waiting": pool.waiting()} for pool in version.pools]
             versions.append({"version": number, "weight": version.route.weight, "shadow": version.route.shadow, "counts": counts, "groups": groups})
         door = {"name": self.name, "in_flight": self._under_way, "connections": self.connections, "held_bytes": self.memory.held_bytes}
-        return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, "door": door}
+        guests = [guest.status() for guest in self.lobby.guests.values()]
+        mine = {"door": door, **({"guests": guests} if guests else {})}
+        return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, **mine}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
@@ -137,21 +142,34 @@ class Door:
             self._number += 1
             request_id = f"{self._prefix}{self._number:012x}"
         exchange = Exchange(scope, receive, send, memory=self.memory, request_id=request_id, found=found, began=began)
+        with self.busy():
+            try:
+                await self._answer(exchange, scope["method"], scope["path"])
+            except heads.HeadError as error:
+                await self._refuse(exchange, error.failure)
+            finally:
+                exchange.release()
+                exchange.watch(None)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """A request is under way for the length of the block."""
         self._under_way += 1
         try:
-            await self._answer(exchange, scope["method"], scope["path"])
-        except heads.HeadError as error:
-            await self._refuse(exchange, error.failure)
+            yield
         finally:
-            exchange.release()
-            exchange.watch(None)
             self._under_way -= 1
             if self._idle is not None and not self._under_way and not self._idle.done():
                 self._idle.set_result(None)
 
+    def has(self, path: str) -> bool:
+        """Whether this service has rows under a path, or their schema."""
+        return path.removesuffix("/schema") in self.fleet.mixes
+
     async def close(self, *, timeout_s: float) -> None:
         """Finish what is under way, for so long at most; then end. New requests are refused."""
-        self.closing = True
+        for door in self.lobby.doors:
+            door.closing = True
         if self._under_way:
             self._idle = asyncio.get_running_loop().create_future()
             await asyncio.wait({self._idle}, timeout=timeout_s)
@@ -159,6 +177,8 @@ class Door:
             self._ticking.cancel()
         self.mirror.close()
         self.fleet.abort(CLOSING)
+        for guest in self.lobby.guests.values():
+            await guest.close(timeout_s=0.0)
         if self.edge is not None:
             await self.edge.close()
         if self.traces is not None:
@@ -175,10 +195,14 @@ class Door:
         if isinstance(caller, Failure):
             await self._refuse(exchange, caller, _CHALLENGE)
         else:
-            await self._answer_caller(exchange, method, path, caller)
+            await self.answer(exchange, method, path, caller)
 
-    async def _answer_caller(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
-        if path in self.fleet.mixes:
+    async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
+        """Answer a request, but for those that `edge` does. Who asks has been let in."""
+        if (guest := self.lobby.at(path)) is not None:
+            with guest.busy():
+                await guest.answer(exchange, method, path, caller)
+        elif path in self.fleet.mixes:
             if method != "POST":
                 await self._other_method(exchange, method, "POST, OPTIONS")
             elif self.closing:
@@ -192,10 +216,10 @@ class Door:
                 await self._show(exchange, path)
             else:
                 await self._other_method(exchange, method, "GET, HEAD, OPTIONS")
-        elif not self.fleet.mixes:
+        elif not self.fleet.mixes or self.lobby.starting:
             await self._refuse(exchange, _NOTHING_YET, _SOON)
         else:
-            there = ", ".join(f"POST {each}" for each in sorted(self.fleet.mixes))
+            there = ", ".join(f"POST {each}" for fleet in self.lobby.fleets() for each in sorted(fleet.mixes))
             await self._refuse(exchange, Failure(404, "not_found", f"there is nothing at {path[:200]}; there is {there}"))
 
     async def _show(self, exchange: Exchange, path: str) -> None:
