@@ -91,7 +91,7 @@ def test_what_has_no_limit_has_no_headers() -> None:
 @pytest.mark.parametrize(
     ("limits", "why"),
     [
-        ({"requests_per_minute": 0}, "requests_per_minute must be a whole number from 1 to 1,000,000,000, got 0; leave it out for no limit, or revoke"),
+        ({"requests_per_minute": 0}, "requests_per_minute must be a whole number from 1 to 1,000,000,000, got 0; None is no limit"),
         ({"tokens_per_minute": 1.5}, "tokens_per_minute must be a whole number"),
         ({"tokens_per_minute": True}, "tokens_per_minute must be a whole number"),
         ({"budget_usd": -1}, "budget_usd must be a number of USD from 0"),
