@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from headrace.cli.tables import moment, show
+from headrace.cli.tables import show
 from headrace.cost import money
 from headrace.errors import AccountsError, KeyFileError, SettingError
 from headrace.serving.keys import KeyFile, default_path
@@ -82,17 +82,18 @@ def create(
     if kept is not None:
         token, where = kept.create(name), str(kept.path)
     else:
-        with _opened(accounts, make=True) as known:
-            from headrace.gateway.accounts.limits import Limits
+        from headrace.gateway.accounts.limits import Limits
 
-            token, where = known.create(name, owner=owner or "", limits=Limits(**limits)), known.database.name
+        allowed = Limits(**limits)  # told now, and not after a database was made, if there is a mistake in them
+        with _opened(accounts, make=True) as known:
+            token, where = known.create(name, owner=owner or "", limits=allowed), known.database.name
     _say(f"the key of {name}, shown only now; its hash is in {where}")
     print(token)
 
 
 @keys.command("list")
 def list_keys(service: Service = None, file: File = None, accounts: Accounts = None, revoked: Revoked = False, json: Json = False) -> None:
-    """List names and ages of the valid keys, and of a gateway's also owners, limits and what was spent this month."""
+    """List names and ages of the valid keys; of a gateway's also owners, limits and what was spent in this month. Days are those of UTC."""
     kept = _file(service, file, accounts, needs=["revoked"] if revoked else ())
     if kept is not None:
         records = [{"name": key.name, "created": key.created} for key in kept.list()]
@@ -101,7 +102,7 @@ def list_keys(service: Service = None, file: File = None, accounts: Accounts = N
         with _opened(accounts) as known:
             found = known.list(revoked=revoked)
         records = [_record(key) for key in found]
-        rows = [_row(key) | ({"revoked (UTC)": moment(key.revoked)} if revoked else {}) for key in found]
+        rows = [_row(key) | ({"revoked": _instant(key.revoked)[:10]} if revoked else {}) for key in found]
     if json:
         print(json_module.dumps(records, indent=1))
     elif rows:
@@ -174,7 +175,8 @@ def _file(service: str | None, file: Path | None, accounts: str | None, *, needs
     if service is None and file is None:
         return None
     if needs:
-        raise KeyFileError(f"a file of keys holds names only: {', '.join(_OPTIONS[each] for each in needs)} can be had with --accounts, for keys of a gateway")
+        options = ", ".join(_OPTIONS[each] for each in needs)
+        raise KeyFileError(f"a file of keys holds names only; for {options} give --accounts in its place, which is where the keys of a gateway are")
     return KeyFile(default_path(service) if service is not None else file or "")
 
 
@@ -230,14 +232,14 @@ def _record(key: Key) -> dict[str, Any]:
         "name": key.name,
         "owner": key.owner,
         "created": _instant(key.created),
-        "revoked": None if key.revoked is None else _instant(key.revoked),
+        "revoked": _instant(key.revoked) or None,
         **asdict(key.limits),
         "spent_usd": key.spent_usd,
     }
 
 
-def _instant(at_s: float) -> str:
-    return dt.datetime.fromtimestamp(at_s, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _instant(at_s: float | None) -> str:
+    return "" if at_s is None else dt.datetime.fromtimestamp(at_s, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _row(key: Key) -> dict[str, str]:
@@ -245,14 +247,14 @@ def _row(key: Key) -> dict[str, str]:
     return {
         "name": key.name,
         "owner": key.owner,
-        "created (UTC)": moment(key.created),
+        "created": _instant(key.created)[:10],
         "priority": limits.priority,
         "models": "all" if limits.models is None else ", ".join(limits.models),
         "n requests/min": "none" if limits.requests_per_minute is None else f"{limits.requests_per_minute:,}",
         "n tokens/min": "none" if limits.tokens_per_minute is None else f"{limits.tokens_per_minute:,}",
         "n budget": "none" if limits.budget_usd is None else money(limits.budget_usd),
-        "n spent this month": money(key.spent_usd),
-        "prompts": "logged" if limits.log_prompts else "not logged",
+        "n spent": money(key.spent_usd),
+        "prompts": "logged" if limits.log_prompts else "",
     }
 
 
@@ -261,17 +263,15 @@ def _used(one: Sum) -> dict[str, str]:
         "n requests": f"{one.requests:,}",
         "n refused": f"{one.refused:,}",
         "n prompt tokens": f"{one.prompt_tokens:,}",
-        "n of them cached": f"{one.cached_tokens:,}",
+        "n cached": f"{one.cached_tokens:,}",
         "n answer tokens": f"{one.completion_tokens:,}",
         "n cost": money(one.usd) if one.priced else f"at least {money(one.usd)}" if one.usd else money(None),
     }
 
 
 def _show(rows: Sequence[Mapping[str, str]]) -> None:
-    """Rows by their heads."""
-    heads = list(rows[0])
-    wrap = [at for at, head in enumerate(heads) if head in ("owner", "models")]
-    show(Console(highlight=False, emoji=False), heads, [list(row.values()) for row in rows], wrap=wrap)
+    """Rows by their heads. Whatever is too wide for a terminal takes several lines; nothing is cut off."""
+    show(Console(highlight=False, emoji=False), list(rows[0]), [list(row.values()) for row in rows], wrap=range(len(rows[0])))
 
 
 def _say(text: str) -> None:
