@@ -15,6 +15,7 @@ from headrace.serving.wire import Failure
 MOST_HELD_BYTES = 512 << 20  # of all bodies and answers that a door holds
 PIECE_BYTES = 256 << 10  # of a large answer, sent one after the other as the client reads
 STALLED_S = 60.0  # for a client to read one
+MOST_UNREAD_BYTES = 4 << 20  # of a language model's answer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,6 +46,9 @@ class Connection(Protocol):
 
     def abort(self) -> None:
         """Close at once."""
+
+    def write_piece(self, piece: bytes | memoryview) -> int:
+        """Send a piece of an answer of unknown length, which was begun, at once; how many bytes the client has not read."""
 
 
 class Memory:
@@ -216,6 +220,18 @@ class Exchange:
         except TimeoutError:
             if self._connection is not None:
                 self._connection.abort()
+            self.status = GONE.status
+            return False
+        return True
+
+
+    def pass_on(self, piece: bytes | memoryview) -> bool:
+        """Send a piece of an answer that was begun without waiting for anything; False if the client has not read far too much, and was cut off."""
+        connection = self._connection
+        assert connection is not None
+        self.bytes_out += len(piece)
+        if connection.write_piece(piece) > MOST_UNREAD_BYTES:
+            connection.abort()
             self.status = GONE.status
             return False
         return True

@@ -92,6 +92,14 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close at once."""
         self.transport.abort()
 
+    def write_piece(self, piece: bytes | memoryview) -> int:
+        """Send a piece of an answer of unknown length; the bytes that the client has not read."""
+        if self.cycle.chunked_encoding:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        else:
+            self.transport.write(bytes(piece))
+        return self.transport.get_write_buffer_size()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or refuse it where there are too many."""
         super().connection_made(transport)  # type: ignore[arg-type]

@@ -6,10 +6,10 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Protocol, cast
 
-from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Stats, encode
+from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Said, Stats, encode
 
 if TYPE_CHECKING:
-    from headrace.serving.door.journey import Hop
+    from headrace.serving.door.journey import Hop, Speaking
     from headrace.serving.routes import Endpoint
 
 CONNECT_S = 2.0
@@ -26,7 +26,7 @@ class Owner(Protocol):
     def changed(self, link: Link) -> None:
         """It may be used now, or no longer."""
 
-    def answered(self, link: Link, done: Done) -> None:
+    def answered(self, link: Link, done: Done | Said) -> None:
         """A request of its was computed."""
 
     def refused(self, link: Link, hop: Hop, retry_after_s: float) -> None:
@@ -45,7 +45,7 @@ class Link(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_busy_hops", "_closed", "_decoder", "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
+        "_busy_hops", "_closed", "_decoder", "_ending", "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
         "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
     )  # fmt: skip
 
@@ -58,6 +58,7 @@ class Link(asyncio.Protocol):
         self.unanswered = 0
         self.ready = self.draining = self.slow = self.hung = self.retired = self.clogged = self.local = False
         self._busy_hops = 0
+        self._ending: dict[int, Speaking] = {}  # cancelled, and not yet told what they have come to
         self._next = 1
         self._out: list[bytes | memoryview] = []
         self._owner = owner
@@ -87,6 +88,11 @@ class Link(asyncio.Protocol):
         hop.started = False
         hop.attempts += 1
         self.hops[number] = hop
+        if (speaking := hop.speaking) is not None:
+            asked = speaking.question
+            ask = (asked.path, max(left_s, 0.0), asked.priority, asked.tokens, journey.request_id, journey.trace)
+            self._write(encode(Kind.ASK, number, ask, hop.body))
+            return
         head = (hop.content, hop.accept, left_s if left_s > 0 else 0.0, journey.priority, hop.alone, journey.trace, journey.request_id)
         self._write(encode(Kind.WORK, number, head, hop.body))
 
@@ -95,6 +101,8 @@ class Link(asyncio.Protocol):
         if self.hops.pop(hop.number, None) is not None:
             hop.link = None
             self._write(encode(Kind.CANCEL, hop.number))
+            if hop.speaking is not None:
+                self._ending[hop.number] = hop.speaking
 
     def take(self) -> list[Hop]:
         """All requests under way, which are cancelled here in order to be sent elsewhere."""
@@ -155,6 +163,9 @@ class Link(asyncio.Protocol):
         self.hops.clear()
         for hop in hops:
             hop.link = None
+        for speaking in self._ending.values():
+            speaking.ended(None)
+        self._ending.clear()
         if self._closed is not None and not self._closed.done():
             self._closed.set_result(None)
         self._owner.lost(self, hops)
@@ -185,8 +196,19 @@ class Link(asyncio.Protocol):
 
     def _heard(self, frame: Frame) -> None:
         kind = frame.kind
-        if kind is Kind.DONE:
+        if kind is Kind.PART:
+            if (hop := self.hops.get(frame.number)) is not None and hop.speaking is not None:
+                hop.speaking.part(*frame.head, frame.body)
+        elif kind is Kind.DONE:
             self._heard_done(frame)
+        elif kind is Kind.SAID:
+            said = Said(*frame.head)
+            if (hop := self.hops.pop(frame.number, None)) is not None:
+                hop.settle((said, frame.body))
+                self._eased()
+                self._owner.answered(self, said)
+            elif (speaking := self._ending.pop(frame.number, None)) is not None:
+                speaking.ended(said)
         elif kind is Kind.PONG:
             self._heard_pong(Stats(**frame.head))
         elif kind is Kind.DRAIN:
@@ -200,10 +222,14 @@ class Link(asyncio.Protocol):
             if (hop := self.hops.pop(frame.number, None)) is not None:
                 hop.link = None
                 self._owner.refused(self, hop, float(retry_after_s))
+            elif (speaking := self._ending.pop(frame.number, None)) is not None:
+                speaking.ended(Said(0))  # it was never begun
         elif kind is Kind.FAIL:
             status, code, message, details = frame.head
             if (hop := self.hops.pop(frame.number, None)) is not None:
                 hop.settle(Failure(status, code, message, tuple(details)))
+            elif (speaking := self._ending.pop(frame.number, None)) is not None:
+                speaking.ended(None)
         else:
             raise ValueError(f"a replica does not send {kind.name}")
 
@@ -211,9 +237,12 @@ class Link(asyncio.Protocol):
         done = Done(*frame.head)
         if (hop := self.hops.pop(frame.number, None)) is not None:
             hop.settle((done, frame.body))
+        self._eased()
+        self._owner.answered(self, done)
+
+    def _eased(self) -> None:
         if self.busy_until[-1] and len(self.hops) * 2 <= self._busy_hops:
             self.busy_until = [0.0] * CLASSES  # half of what kept it busy is done
-        self._owner.answered(self, done)
 
     def _heard_pong(self, stats: Stats) -> None:
         self.stats = stats

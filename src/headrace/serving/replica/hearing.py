@@ -11,10 +11,13 @@ import socket
 import termios
 import threading
 import time
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
-from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Stats, encode
+from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Question, Said, Stats, encode
+
+if TYPE_CHECKING:
+    from headrace.serving.replica.talks import Talk
 
 _HIGH_BYTES = 4 << 20  # of answers that a door has not taken: from there on nothing more is read from it
 _DEAF_S = 30.0  # a door that takes no answers for so long is cut off
@@ -31,6 +34,9 @@ class Owner(Protocol):
 
     def take(self, job: Job, body: memoryview, content: Content) -> None:
         """A request came. It ends with `Connection.answer`."""
+
+    def ask(self, connection: Connection, number: int, question: Question, body: bytes, left_s: float, request_id: str) -> None:
+        """A request of OpenAI's interface came. It ends with `Connection.said`, or `Connection.refuse`."""
 
     def taken(self) -> None:
         """All requests that came at once were given to `take`."""
@@ -56,6 +62,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, owner: Owner) -> None:
         self.jobs: dict[int, Job] = {}
+        self.talks: dict[int, Talk] = {}
         self.open = False
         self._owner = owner
         self._decoder = Decoder()
@@ -84,6 +91,9 @@ class Connection(asyncio.Protocol):
         jobs = list(self.jobs.values())
         self.jobs.clear()
         self._owner.cancel(jobs)
+        for talk in list(self.talks.values()):
+            talk.cancel()
+        self.talks.clear()
         self._owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
@@ -143,6 +153,19 @@ class Connection(asyncio.Protocol):
             self.send(Kind.DONE, job.number, (job.rows, job.queue_s, job.wait_s, job.compute_s, job.batch_rows), answer)
         return True
 
+    def said(self, number: int, said: Said, body: bytes = b"") -> None:
+        """Send the answer to a request of OpenAI's interface, or the end of one that was streamed, with the next `flush`."""
+        self.talks.pop(number, None)
+        self.send(Kind.SAID, number, dataclasses.astuple(said), body)
+
+    def refuse(self, number: int, why: Failure | Busy) -> None:
+        """Send that a request of OpenAI's interface has no answer."""
+        self.talks.pop(number, None)
+        if isinstance(why, Failure):
+            self.send(Kind.FAIL, number, dataclasses.astuple(why))
+        else:
+            self.send(Kind.BUSY, number, (why.retry_after_s,))
+
     def start(self, job: Job, told: threading.Event, until_s: float | None = None) -> None:
         """Say that a computation begins, and set the event as soon as the door's machine has it, whatever becomes of this process."""
         now_s = time.perf_counter()
@@ -180,18 +203,28 @@ class Connection(asyncio.Protocol):
             self._owner.opened(self)
         elif frame.kind is Kind.WORK:
             content, accept, left_s, priority, alone, _, _ = frame.head
-            if frame.number in self.jobs:
-                raise ValueError(f"two requests of the number {frame.number}")
+            self._check_number(frame.number)
             now_s = time.perf_counter()
             job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
             if left_s is not None:
                 job.deadline_s = now_s + float(left_s)
             self.jobs[frame.number] = job
             self._owner.take(job, frame.body, Content(content))
+        elif frame.kind is Kind.ASK:
+            path, left_s, priority, tokens, request_id, _ = frame.head
+            self._check_number(frame.number)
+            question = Question(str(path), min(max(int(priority), 0), LEAST_PRIORITY), int(tokens))
+            self._owner.ask(self, frame.number, question, bytes(frame.body), float(left_s), str(request_id))
         elif frame.kind is Kind.CANCEL:
             if frame.number in self.jobs:
                 self._owner.cancel([self.jobs.pop(frame.number)])
+            elif (talk := self.talks.get(frame.number)) is not None:
+                talk.cancel()
         elif frame.kind is Kind.PING:
             self._pinged = True
         else:
             raise ValueError(f"a door does not send {frame.kind.name}")
+
+    def _check_number(self, number: int) -> None:
+        if number in self.jobs or number in self.talks:
+            raise ValueError(f"two requests of the number {number}")
