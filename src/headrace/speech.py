@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TOKENIZE = "/tokenize"
+"""Answered with the `count` of the tokens of the prompt of a body for any of these."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from headrace.llms import options
 from headrace.llms.options import EngineConfig
 from headrace.llms.processes import Processes
 from headrace.llms.steps import Steps
-from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Reply, Spent
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, Reply, Spent
 
 T = TypeVar("T")
 
@@ -100,6 +100,8 @@ class Engine:
         self._check()
         _SPENT.set(spent)
         try:
+            if path == TOKENIZE:
+                return await self._count(json.loads(body) if isinstance(body, bytes) else body)
             create, kind = self._spoken(path)
             request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
             request.model, request.priority = self.config.name, priority
@@ -202,6 +204,25 @@ class Engine:
         if serving is None:
             raise NotImplementedError(f"the model {self.config.name!r} does not do this: it {'makes vectors' if self.config.embed else 'writes text'}")
         return getattr(serving, method), Form
+
+    async def _count(self, body: Mapping[str, Any]) -> Reply:
+        """How many tokens the prompt of a body has."""
+        from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+
+        if "messages" in body:
+            forms = [TokenizeChatRequest.model_validate({"messages": body["messages"], "tools": body.get("tools")})]
+        else:
+            prompts = body.get("prompt", body.get("input"))
+            texts = prompts if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)) else [prompts]
+            forms = [TokenizeCompletionRequest(prompt=text) for text in texts if isinstance(text, str)]
+        count = 0 if "messages" in body else sum(len(text) for text in texts if isinstance(text, list))
+        for form in forms:
+            form.model = self.config.name
+            told = await self._state.serving_tokenization.create_tokenize(form, None)
+            if not hasattr(told, "count"):
+                return _reply(told)
+            count += told.count
+        return Reply(200, json.dumps({"count": count}).encode())
 
     async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """The events of a stream, without the error that vLLM makes of its own death."""

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from headrace.gateway.openai.refusals import Refused
-from headrace.speech import CHAT, COMPLETIONS
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
 MOST_CHOICES = 16  # n
 MOST_SEQUENCES = 128  # prompts times n
@@ -86,26 +86,9 @@ def read(path: str, body: bytes, found: dict[str, Any], *, length: int) -> Asked
     for name in _OURS:
         if found.get(name):
             raise Refused(f"{name} is not for clients of this service: leave it out", name, code="unsupported_parameter")
-    choices = int(found.get("n") or 1)
-    if path == CHAT:
-        messages = found.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise Refused("messages must be a list of at least one message", "messages", code="missing_required_parameter")
-        _check_addresses(messages)
-        start = found.get("tools"), messages
-    elif path == COMPLETIONS:
-        choices *= _prompts(found.get("prompt"))
-        if choices > MOST_SEQUENCES:
-            raise Refused(f"prompts times n are {choices:,}; at most {MOST_SEQUENCES} are allowed", "prompt")
-        start = None, found.get("prompt")
-    else:
-        inputs = found.get("input")
-        if inputs is None or inputs == [] or inputs == "":
-            raise Refused("input must be a text, or a list of them", "input", code="missing_required_parameter")
-        if isinstance(inputs, list) and len(inputs) > MOST_INPUTS and not isinstance(inputs[0], int):
-            raise Refused(f"input has {len(inputs):,} entries; at most {MOST_INPUTS:,} are allowed", "input")
-        start = None, inputs
-    if length and len(body) > MOST_BYTES_PER_TOKEN * length * max(1, choices if path != CHAT else 1):
+    choices, start = _READS[path](found)
+    bodies = 1 if path == CHAT else choices
+    if length and len(body) > MOST_BYTES_PER_TOKEN * length * bodies:
         raise Refused(f"the request has {len(body):,} bytes, and the model takes {length:,} tokens", code="context_length_exceeded")
     each = _limit(found, length)
     return Asked(
@@ -117,6 +100,34 @@ def read(path: str, body: bytes, found: dict[str, Any], *, length: int) -> Asked
         choices,
         _prefix(start),
     )
+
+
+def _chat(found: dict[str, Any]) -> tuple[int, Any]:
+    """How many answers a chat asks for, and how it begins."""
+    messages = found.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refused("messages must be a list of at least one message", "messages", code="missing_required_parameter")
+    _check_addresses(messages)
+    return int(found.get("n") or 1), [found.get("tools"), messages[:8]]
+
+
+def _completion(found: dict[str, Any]) -> tuple[int, Any]:
+    """How many answers a completion asks for, and how it begins."""
+    choices = int(found.get("n") or 1) * _texts(found, "prompt")
+    if choices > MOST_SEQUENCES:
+        raise Refused(f"prompts times n are {choices:,}; at most {MOST_SEQUENCES} are allowed", "prompt")
+    return choices, found["prompt"]
+
+
+def _embedding(found: dict[str, Any]) -> tuple[int, Any]:
+    """How many vectors are asked for, and of what."""
+    texts = _texts(found, "input")
+    if texts > MOST_INPUTS:
+        raise Refused(f"input has {texts:,} entries; at most {MOST_INPUTS:,} are allowed", "input")
+    return texts, found["input"]
+
+
+_READS = {CHAT: _chat, COMPLETIONS: _completion, EMBEDDINGS: _embedding}
 
 
 def model_of(found: dict[str, Any]) -> str:
@@ -150,10 +161,12 @@ def _whole(found: dict[str, Any], name: str, least: int, most: int) -> int | Non
     return value
 
 
-def _prompts(prompt: Any) -> int:
-    if prompt is None or prompt in ("", []):
-        raise Refused("prompt must be a text, or a list of them", "prompt", code="missing_required_parameter")
-    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+def _texts(found: dict[str, Any], name: str) -> int:
+    """How many texts there are, each as words or as tokens."""
+    texts = found.get(name)
+    if not texts or not isinstance(texts, str | list):
+        raise Refused(f"{name} must be a text, or a list of them", name, code="missing_required_parameter")
+    return len(texts) if isinstance(texts, list) and not isinstance(texts[0], int) else 1
 
 
 def _check_addresses(messages: Iterable[Any]) -> None:
@@ -182,10 +195,7 @@ def _check_depth(found: dict[str, Any]) -> None:
     raise Refused(f"the body is nested more than {MOST_DEPTH} levels deep", code="invalid_json")
 
 
-def _prefix(start: tuple[Any, Any]) -> int:
+def _prefix(start: Any) -> int:
     """Of what the engine reads first."""
-    tools, text = start
-    if isinstance(text, list):
-        text = text[:8]
-    said = orjson.dumps([tools, text])[:PREFIX_BYTES]
+    said = start[:PREFIX_BYTES].encode("utf-8", "replace") if isinstance(start, str) else orjson.dumps(start[:8])[:PREFIX_BYTES]
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest())

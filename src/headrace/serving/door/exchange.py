@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -68,6 +68,7 @@ class Exchange:
     """A request and its answer. What it holds of the door's memory is given back by `release`."""
 
     __slots__ = (
+        "_also",
         "_connection",
         "_held_bytes",
         "_memory",
@@ -96,6 +97,7 @@ class Exchange:
         self._send = send
         self._memory = memory
         self._held_bytes = 0
+        self._also: list[tuple[bytes, bytes]] = []
         self._connection: Connection | None = scope.get("headrace.connection")
 
     @property
@@ -166,6 +168,10 @@ class Exchange:
         self.unread = message.get("more_body", False)
         return piece
 
+    def also(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send these headers with whatever the answer is."""
+        self._also += headers
+
     async def fail(self, failure: Failure, *more: tuple[bytes, bytes]) -> None:
         """Answer with an error. One who has gone is answered nothing."""
         if failure is GONE:
@@ -180,7 +186,7 @@ class Exchange:
         size = len(body)
         self.status = status
         send = self._send
-        headers = [kind, (b"content-length", b"%d" % size), (b"x-request-id", self.request_id.encode()), *more]
+        headers = [kind, (b"content-length", b"%d" % size), (b"x-request-id", self.request_id.encode()), *self._also, *more]
         await self._read()
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if size <= PIECE_BYTES:
@@ -197,7 +203,7 @@ class Exchange:
         """Begin an answer of unknown length."""
         self.status = 200
         await self._read()
-        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, (b"x-request-id", self.request_id.encode()), *more]})
+        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, (b"x-request-id", self.request_id.encode()), *self._also, *more]})
 
     async def _read(self) -> None:
         """Wait for a client that has not read the answers before this one; one that reads nothing for long is cut off."""
@@ -223,7 +229,6 @@ class Exchange:
             self.status = GONE.status
             return False
         return True
-
 
     def pass_on(self, piece: bytes | memoryview) -> bool:
         """Send a piece of an answer that was begun without waiting for anything; False if the client has not read far too much, and was cut off."""

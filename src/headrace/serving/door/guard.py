@@ -95,7 +95,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def write_piece(self, piece: bytes | memoryview) -> int:
         """Send a piece of an answer of unknown length; the bytes that the client has not read."""
         if self.cycle.chunked_encoding:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.transport.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)))
         else:
             self.transport.write(bytes(piece))
         return self.transport.get_write_buffer_size()

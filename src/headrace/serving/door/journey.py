@@ -67,7 +67,7 @@ class Journey:
     """A request on its way.
 
     `deadline` is a time of the loop. One that is `patient` waits while all replicas are busy instead of being shed;
-    one that is a `shadow` neither waits nor is tried twice.
+    one that is a `shadow` neither waits nor is tried twice. Requests of the same `prefix` go to the same replica where that has room.
     """
 
     deadline: float
@@ -75,6 +75,7 @@ class Journey:
     trace: str | None = None
     span: Span | None = None
     request_id: str = ""
+    prefix: int | None = None
     patient: bool = False
     shadow: bool = False
     stopped: Failure | None = None
@@ -149,7 +150,7 @@ class Speaking(Protocol):
     begun: bool
     """Whether a piece of the answer has come: then no other replica can go on with it."""
 
-    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
+    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview, /) -> None:
         """A piece came, and these are the tokens so far."""
 
     def ended(self, said: Said | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Said, Stats, encode
@@ -45,7 +46,8 @@ class Link(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_busy_hops", "_closed", "_decoder", "_ending", "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
+        "_busy_hops", "_closed", "_decoder", "_ending",
+        "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
         "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
     )  # fmt: skip
 
@@ -195,43 +197,52 @@ class Link(asyncio.Protocol):
         self.clogged = False
 
     def _heard(self, frame: Frame) -> None:
-        kind = frame.kind
-        if kind is Kind.PART:
-            if (hop := self.hops.get(frame.number)) is not None and hop.speaking is not None:
-                hop.speaking.part(*frame.head, frame.body)
-        elif kind is Kind.DONE:
-            self._heard_done(frame)
-        elif kind is Kind.SAID:
-            said = Said(*frame.head)
-            if (hop := self.hops.pop(frame.number, None)) is not None:
-                hop.settle((said, frame.body))
-                self._eased()
-                self._owner.answered(self, said)
-            elif (speaking := self._ending.pop(frame.number, None)) is not None:
-                speaking.ended(said)
-        elif kind is Kind.PONG:
-            self._heard_pong(Stats(**frame.head))
-        elif kind is Kind.DRAIN:
-            self.draining = True
-            self._owner.changed(self)
-        elif kind is Kind.STARTED:
-            if (hop := self.hops.get(frame.number)) is not None:
-                hop.started = True
-        elif kind is Kind.BUSY:
-            (retry_after_s,) = frame.head
-            if (hop := self.hops.pop(frame.number, None)) is not None:
-                hop.link = None
-                self._owner.refused(self, hop, float(retry_after_s))
-            elif (speaking := self._ending.pop(frame.number, None)) is not None:
-                speaking.ended(Said(0))  # it was never begun
-        elif kind is Kind.FAIL:
-            status, code, message, details = frame.head
-            if (hop := self.hops.pop(frame.number, None)) is not None:
-                hop.settle(Failure(status, code, message, tuple(details)))
-            elif (speaking := self._ending.pop(frame.number, None)) is not None:
-                speaking.ended(None)
+        take = _TAKES.get(frame.kind)
+        if take is None:
+            raise ValueError(f"a replica does not send {frame.kind.name}")
+        take(self, frame)
+
+    def _heard_drain(self, _: Frame) -> None:
+        self.draining = True
+        self._owner.changed(self)
+
+    def _heard_started(self, frame: Frame) -> None:
+        if (hop := self.hops.get(frame.number)) is not None:
+            hop.started = True
+
+    def _heard_busy(self, frame: Frame) -> None:
+        (retry_after_s,) = frame.head
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.link = None
+            self._owner.refused(self, hop, float(retry_after_s))
         else:
-            raise ValueError(f"a replica does not send {kind.name}")
+            self._parted(frame.number, Said(0))  # it was never begun
+
+    def _heard_fail(self, frame: Frame) -> None:
+        status, code, message, details = frame.head
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.settle(Failure(status, code, message, tuple(details)))
+        else:
+            self._parted(frame.number, None)
+
+    def _heard_part(self, frame: Frame) -> None:
+        if (hop := self.hops.get(frame.number)) is not None and hop.speaking is not None:
+            prompt_tokens, cached_tokens, completion_tokens = frame.head
+            hop.speaking.part(prompt_tokens, cached_tokens, completion_tokens, frame.body)
+
+    def _heard_said(self, frame: Frame) -> None:
+        said = Said(*frame.head)
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.settle((said, frame.body))
+            self._eased()
+            self._owner.answered(self, said)
+        else:
+            self._parted(frame.number, said)
+
+    def _parted(self, number: int, said: Said | None) -> None:
+        """A request that was cancelled has come to this."""
+        if (speaking := self._ending.pop(number, None)) is not None:
+            speaking.ended(said)
 
     def _heard_done(self, frame: Frame) -> None:
         done = Done(*frame.head)
@@ -244,8 +255,8 @@ class Link(asyncio.Protocol):
         if self.busy_until[-1] and len(self.hops) * 2 <= self._busy_hops:
             self.busy_until = [0.0] * CLASSES  # half of what kept it busy is done
 
-    def _heard_pong(self, stats: Stats) -> None:
-        self.stats = stats
+    def _heard_pong(self, frame: Frame) -> None:
+        self.stats = stats = Stats(**frame.head)
         self.elsewhere = max(0, stats.in_flight - len(self.hops))
         if not self.ready or stats.draining != self.draining:
             self.ready = True
@@ -279,3 +290,15 @@ class Link(asyncio.Protocol):
                     pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+_TAKES: dict[Kind, Callable[[Link, Frame], None]] = {
+    Kind.DONE: Link._heard_done,  # noqa: SLF001 - of this module
+    Kind.PART: Link._heard_part,  # noqa: SLF001
+    Kind.SAID: Link._heard_said,  # noqa: SLF001
+    Kind.PONG: Link._heard_pong,  # noqa: SLF001
+    Kind.DRAIN: Link._heard_drain,  # noqa: SLF001
+    Kind.STARTED: Link._heard_started,  # noqa: SLF001
+    Kind.BUSY: Link._heard_busy,  # noqa: SLF001
+    Kind.FAIL: Link._heard_fail,  # noqa: SLF001
+}

@@ -11,13 +11,11 @@ import socket
 import termios
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.replica.talks import Talk
 from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Question, Said, Stats, encode
-
-if TYPE_CHECKING:
-    from headrace.serving.replica.talks import Talk
 
 _HIGH_BYTES = 4 << 20  # of answers that a door has not taken: from there on nothing more is read from it
 _DEAF_S = 30.0  # a door that takes no answers for so long is cut off

@@ -24,6 +24,7 @@ from headrace.serving.bodies.codec import Codec, Incoming, Refused, sample
 from headrace.serving.replica.floor import Floor
 from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.replica.lean import contained
 from headrace.serving.replica.station import Stations
 from headrace.serving.replica.talks import Talks, speaker_of
 from headrace.serving.routes import Limits
@@ -82,7 +83,7 @@ class ReplicaServer:
         self._draining = False
         self._turns_s = sys.getswitchinterval()
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
-        speaker = speaker_of(stages)
+        speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
         self._talks = None if speaker is None else Talks(speaker)
 
     def warm_up(self, row: Mapping[str, Any] | None = None) -> None:

@@ -13,16 +13,12 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from headrace.errors import EngineLostError
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Busy
 from headrace.serving.wire import Failure, Kind, Question, Said
 from headrace.speech import Reply, Speaker, Spent
-
-if TYPE_CHECKING:
-    from headrace.serving.replica.hearing import Connection
-    from headrace.stage import Stage
 
 EXPIRED = Failure(504, "deadline_exceeded", "the deadline passed before the answer was complete")
 LOST = Failure(503, "unavailable", "the engine was lost")
@@ -35,9 +31,27 @@ _RECENT = 64  # ends of requests, from which their rate is read
 _PATIENCE = 0.5  # of the time a request has, how much of it may pass in waiting
 
 
-def speaker_of(stages: Iterable[Stage]) -> Speaker | None:
-    """What speaks OpenAI's interface among stages that are set up: the last one that does."""
-    speaking = [stage.call for stage in stages if hasattr(stage.call, "speaker")]
+class Connection(Protocol):
+    """The connection to the door that asks. `talks` are its requests under way, by their numbers."""
+
+    talks: dict[int, Talk]
+
+    def send(self, kind: Kind, number: int, head: object, body: bytes | memoryview = b"") -> None:
+        """Send a frame with the next `flush`."""
+
+    def said(self, number: int, said: Said, body: bytes = b"") -> None:
+        """Send the answer, or the end of one that was streamed, with the next `flush`."""
+
+    def refuse(self, number: int, why: Failure | Busy) -> None:
+        """Send that there is no answer, with the next `flush`."""
+
+    def flush(self) -> None:
+        """Write what was sent."""
+
+
+def speaker_of(stations: Iterable[Iterable[Any]]) -> Speaker | None:
+    """What speaks OpenAI's interface among the objects of the stages, which are set up: the last one that does."""
+    speaking = [call for calls in stations for call in calls if hasattr(call, "speaker")]
     speaker: Speaker | None = speaking[-1].speaker() if speaking else None
     return speaker
 
