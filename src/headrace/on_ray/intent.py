@@ -14,6 +14,7 @@ from headrace.on_ray.doors import Opening
 from headrace.pipeline import Pipeline
 from headrace.serving.bodies import openapi
 from headrace.serving.routes import Limits
+from headrace.speech import COMPLETIONS, EMBEDDINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,10 @@ class Standing:
     ca: str | None
     guarded: bool
 
-    def spoken(self, service: Service) -> tuple[str, str] | None:
-        """The model that a service speaks for, and the command that asks it; None where it speaks for none."""
-        speech = openapi.contract(service.pipeline).get("speech")
-        if not speech:
-            return None
-        path = speech["paths"][0]
-        asked = {"/v1/embeddings": {"input": "Good"}}.get(path, {"messages": [{"role": "user", "content": "Hello"}]})
-        return speech["model"], self._curl(path, {"model": speech["model"], **asked})
+    def curl(self, path: str, model: str) -> str:
+        """The command that asks a model."""
+        asked = {EMBEDDINGS: {"input": "Good"}, COMPLETIONS: {"prompt": "Good"}}.get(path, {"messages": [{"role": "user", "content": "Hello"}]})
+        return self._curl(path, {"model": model, **asked})
 
     def told(self, service: Service) -> list[str]:
         """How a service is asked, in lines."""
@@ -98,8 +95,11 @@ class Standing:
         path = f"/{service.pipeline.name}"
         documented = f" and is documented at {self.url}/docs" if service.behind is None else ""
         lines = [f"{service.name} answers at {self.url}{path}{documented}", self._curl(path, contract["sample"])]
-        if spoken := self.spoken(service):
-            lines += [f"{service.name} speaks OpenAI's interface at {self.url}/v1, as the model {spoken[0]}", spoken[1]]
+        if speech := contract.get("speech"):
+            lines += [
+                f"{service.name} speaks OpenAI's interface at {self.url}/v1, as the model {speech['model']}",
+                self.curl(speech["paths"][0], speech["model"]),
+            ]
         return lines
 
     def _curl(self, path: str, body: Any) -> str:
