@@ -65,12 +65,17 @@ class FrontDoor:
         known = {guest: line.first(within_s=until_s - time.monotonic()) for guest, line in lines.items()}
         self.door = self._door(self.service)
         self.server = DoorServer(self.door, host=listening.host, port=listening.port, tls=listening.tls)
-        self.port = self.server.start()
-        if listening.opening is not None:
-            self.server.run(listening.opening.open(self.door))
-        for guest, line in lines.items():
-            self._welcome(line, known[guest])
-        self.server.call(self.door.update, routes)
+
+        async def prepare() -> None:
+            if listening.opening is not None:
+                await listening.opening.open(self.door)
+            for guest in lines:
+                self._seat(guest, known[guest])
+            self.door.update(routes)
+
+        self.port = self.server.start(prepare)
+        for line in lines.values():
+            self._attend_guest(line)
         self._attend(self._line, self.door, self._heard)
 
     def listens(self) -> tuple[int, int]:
@@ -99,22 +104,25 @@ class FrontDoor:
             threading.Thread(target=self._part, args=(door,), name=f"headrace-part-{guest}", daemon=True).start()
         for guest in routes.guests:
             if guest not in self._guests:
-                self._welcome(Line(guest), None)
+                self.server.call(self._seat, guest, None)
+                self._attend_guest(Line(guest))
         self.server.call(self.door.update, routes)
 
-    def _welcome(self, line: Line, routes: Routes | None) -> None:
-        """Let requests for a guest in. While its routes are not known yet, nobody is told that it has nothing of that name."""
-        door = self._door(line.service)
+    def _seat(self, guest: str, routes: Routes | None) -> None:
+        """Let requests for a guest in; called on the loop. While its routes are not known, nobody is told that it has nothing of some name."""
+        door = self.door.lobby.guests[guest] = self._door(guest)
+        if routes is not None:
+            door.update(routes)
+
+    def _attend_guest(self, line: Line) -> None:
         guests = self.door.lobby.guests
+        door = guests[line.service]
 
         def update(routes: Routes) -> None:
-            if guests.get(door.service) is door:  # and was not dismissed meanwhile
+            if guests.get(line.service) is door:  # and was not dismissed meanwhile
                 door.update(routes)
 
         self._guests[line.service] = line, door
-        self.server.call(guests.__setitem__, line.service, door)
-        if routes is not None:
-            self.server.call(update, routes)
         self._attend(line, door, lambda routes: self.server.call(update, routes))
 
     def _part(self, door: Door) -> None:

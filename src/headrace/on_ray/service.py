@@ -133,6 +133,7 @@ def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped:
             here = place.here(one.name, address=entry.address, token=entry.token, url=standing.url, drain_s=one.limits.deadline_s, behind=one.behind or "")
             place.write(here)
             during.callback(place.forget, here)
+        during.callback(_forget_guests, host.name)
         _announce(standing, tell, ready)
         for guest in services[1:]:
             narrator = threading.Thread(target=_narrate, args=(guest.name, tell, stopped), name=f"headrace-{guest.name}", daemon=True)
@@ -141,6 +142,13 @@ def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped:
         for event in happenings(host.name, get(control_of(host.name).latest.remote())[1], stopped.is_set):
             tell(str(event))
         _drain(host.name, tell)
+
+
+def _forget_guests(host: str) -> None:
+    """Those that came later end with their host, too."""
+    for one in place.known():
+        if one.behind == host:
+            place.forget(one)
 
 
 def _narrate(guest: str, tell: Tell, stopped: _Stop) -> None:
