@@ -12,15 +12,15 @@ import orjson
 from headrace.gateway.openai import asked as asking
 from headrace.gateway.openai import refusals
 from headrace.gateway.openai.asked import Asked
-from headrace.gateway.openai.models import Models, length_of, speech
+from headrace.gateway.openai.models import Models, billed_as, length_of
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Talk
+from headrace.gateway.openai.talk import Talk, count
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
 from headrace.serving.door.exchange import CLOSE
 from headrace.serving.door.journey import EXPIRED, Journey
 from headrace.serving.wire import Content, Failure, Question, Said
-from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
@@ -134,13 +134,12 @@ class Edge:
         length = length_of(version)
         case.asked = asked = asking.read(case.path, body, found, length=length)
         case.body = body
-        answered = asked.completion_tokens if asked.completion_tokens is not None else length
-        question = Question(case.path, case.priority, asked.prompt_tokens + (0 if case.path == EMBEDDINGS else answered))
+        completion = asked.answer_tokens(case.path, length)
+        question = Question(case.path, case.priority, asked.prompt_tokens + completion)
         if self.till is None or case.caller.account is None:
             await self._carry(case, question, head, deadline)
             return
-        model = name if case.caller.models is not None and name in case.caller.models else speech(version)["model"]
-        completion = 0 if case.path == EMBEDDINGS else answered
+        model = billed_as(name, version, case.caller.models)
         admitted = await self.till.admit(case.caller, model, prompt_tokens=asked.most_prompt_tokens, completion_tokens=completion)
         if isinstance(admitted, Declined) and admitted.tight and (exact := await self._count(case, head, deadline)) is not None:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
@@ -157,12 +156,7 @@ class Edge:
     async def _count(self, case: Case, head: heads.Head, deadline: float) -> int | None:
         """How many tokens the prompt has exactly, as a replica counts it; None where it cannot be asked."""
         assert case.version is not None
-        counting = Talk(Question(TOKENIZE, 0, 0), case.exchange)
-        journey = self._journey(case, head, deadline)
-        outcome = await journey.ask(case.version.pools[-1], case.body, counting)
-        if isinstance(outcome, Failure) or outcome[0].status != 200:
-            return None
-        return int(orjson.loads(outcome[1])["count"])
+        return await count(self._journey(case, head, deadline), case.version.pools[-1], case.body)
 
     def _journey(self, case: Case, head: heads.Head, deadline: float) -> Journey:
         """A request on its way, with its span where traces are on."""

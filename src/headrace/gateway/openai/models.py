@@ -83,6 +83,12 @@ def speech(version: Version) -> dict[str, Any]:
     return found
 
 
+def billed_as(name: str, version: Version, allowed: Iterable[str] | None) -> str:
+    """The model that a request is booked under which asked for `name`: the version's own, unless that name is one that the key was `allowed`."""
+    own: str = speech(version)["model"]
+    return name if allowed is not None and name in allowed else own
+
+
 def length_of(version: Version) -> int:
     """How many tokens its model takes; 0 while no replica has told."""
     return int(engine_figure(version, "length"))

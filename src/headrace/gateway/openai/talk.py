@@ -6,9 +6,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+import orjson
+
 from headrace.gateway.openai import refusals
 from headrace.serving.door.journey import GONE
 from headrace.serving.wire import Failure, Question, Said
+from headrace.speech import TOKENIZE
 
 if TYPE_CHECKING:
     from headrace.serving.door.exchange import Exchange
@@ -103,3 +106,27 @@ class Talk:
         """End a stream that had begun with what went wrong."""
         if self.begun and failure is not GONE:
             await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)
+
+
+class Whole:
+    """A request whose answer is not streamed."""
+
+    __slots__ = ("begun", "question")
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.begun = False
+
+    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
+        """Nothing comes in pieces."""
+
+    def ended(self, said: Said | None) -> None:
+        """Nobody asks what one that was given up had come to."""
+
+
+async def count(journey: Journey, place: Place, body: bytes) -> int | None:
+    """How many tokens the prompt of a body has exactly, as a replica counts it; None where none can be asked."""
+    outcome = await journey.ask(place, body, Whole(Question(TOKENIZE, 0, 0)))
+    if isinstance(outcome, Failure) or outcome[0].status != 200:
+        return None
+    return int(orjson.loads(outcome[1])["count"])

@@ -115,6 +115,10 @@ class Door:
             self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
         )
 
+    def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
+        """Take what control answers to a report: the Prometheus texts of the other doors, and what `/status` says of the whole service."""
+        self.peers, self.snapshot = peers, snapshot
+
     def status(self) -> dict[str, Any]:
         """What `/status` answers: what the snapshot says of the whole service, and this door's own figures."""
         versions = []

@@ -172,6 +172,7 @@ class Steering:
             "ready": len(replicas),
             "wanted": self.wanted.get((version, group), 0),
             "in_flight": load.in_flight,
+            "background": load.background,
             "waiting": load.waiting,
             "shed": load.shed,
             **self.lately.group(version, group, replicas, now_s=now_s),

@@ -96,15 +96,15 @@ class Talks:
         self.speaker = speaker
         self._under_way: set[Talk] = set()
         self._names: set[str] = set()
-        self._tokens = 0
+        self._tokens = self._background = 0
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self._touched: set[Connection] = set()
         bounds = speaker.figures()
         self._places, self._room = int(bounds["sequences"]), int(bounds["capacity"])
 
     def figures(self) -> dict[str, float]:
-        """The engine's figures, and how many background requests more it would take. May be called from any thread."""
-        return {**self.speaker.figures(), "background_room": float(self._background_room())}
+        """The engine's figures, and how many background requests there are, and more it would take. May be called from any thread."""
+        return {**self.speaker.figures(), "background": float(self._background), "background_room": float(self._background_room())}
 
     def take(self, connection: Connection, number: int, question: Question, body: bytes, *, left_s: float, request_id: str) -> None:
         """A request came: let it in, or refuse it."""
@@ -119,6 +119,7 @@ class Talks:
         self._under_way.add(talk)
         self._names.add(request_id)
         self._tokens += question.tokens
+        self._background += question.priority == LEAST_PRIORITY
         talk.begin(self._carry(talk, body)).add_done_callback(lambda task: self._end(talk, task))
 
     async def _carry(self, talk: Talk, body: bytes) -> None:
@@ -159,6 +160,7 @@ class Talks:
         self._under_way.discard(talk)
         self._names.discard(talk.request_id)
         self._tokens -= talk.question.tokens
+        self._background -= talk.question.priority == LEAST_PRIORITY
         self._ends.append(time.perf_counter())
         if not task.cancelled() and (error := task.exception()) is not None:
             traceback.print_exception(error, file=sys.stderr)

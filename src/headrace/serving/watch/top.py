@@ -18,6 +18,7 @@ Whatever else is counted, is since control began.
         groups: [
             name, ready, wanted  replicas
             in_flight, queued    requests in its replicas; those of them that no call has begun on
+            background           those of work that nobody waits for, which are not in in_flight
             waiting              requests that doors hold because it has no replica
             shed                 requests turned away on its account
             rows_per_s, calls_per_s, p50_s, p99_s
