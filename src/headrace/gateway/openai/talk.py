@@ -160,6 +160,10 @@ class Whole:
     def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
         """Nothing comes in pieces."""
 
+    def ready(self) -> bool:
+        """Nor does the replica write to anybody itself."""
+        return False
+
     def ended(self, said: Said | None) -> None:
         """Nobody asks what one that was given up had come to."""
 
