@@ -329,4 +329,4 @@ class Talks:
             return 0  # some of them wait
         calm = not better and time.perf_counter() >= self._calm_at
         room = min((self._alone if calm else self._beside) - self._background, self._places - len(self._under_way))
-        return room if room > 0 and self.speaker.figures()["kv_cache"] < _FULL else 0
+        return room if room > 0 and self.speaker.figures().get("kv_cache", 0.0) < _FULL else 0
