@@ -73,6 +73,7 @@ class Talk:
         "_outlet",
         "_own",
         "_task",
+        "_written",
         "began_s",
         "begun",
         "connection",
