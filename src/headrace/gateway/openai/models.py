@@ -58,6 +58,8 @@ class Models:
         Raises:
             Refused: none answers, as while the first version starts.
         """
+        if not self.mixes() and self._fleet.versions:
+            raise Refused("no pipeline of this service is a language model", status=404, code="not_found")
         if not any(mix.weighted for mix in self.mixes().values()):
             raise Refused("no model answers requests at the moment", status=503, code="unavailable")
         only = None if allowed is None else set(allowed)
