@@ -203,7 +203,7 @@ class Talks:
         self._background = 0  # of these, those of the last class
         self._calm_at = 0.0  # when nothing better will have been asked for a while
         self._names: set[str] = set()
-        self._tokens = self._background = 0
+        self._tokens = 0
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self._touched: set[Connection] = set()
         bounds = speaker.figures()
@@ -233,7 +233,6 @@ class Talks:
             self._make_way()
         self._names.add(request_id)
         self._tokens += question.tokens
-        self._background += question.priority == LEAST_PRIORITY
         talk.begin(self._carry(talk, body)).add_done_callback(lambda task: self._end(talk, task))
 
     async def _carry(self, talk: Talk, body: bytes) -> None:
@@ -282,7 +281,6 @@ class Talks:
             self._calm_at = time.perf_counter() + _CALM_S
         self._names.discard(talk.request_id)
         self._tokens -= talk.question.tokens
-        self._background -= talk.question.priority == LEAST_PRIORITY
         self._ends.append(time.perf_counter())
         if not task.cancelled() and (error := task.exception()) is not None:
             traceback.print_exception(error, file=sys.stderr)
