@@ -21,22 +21,27 @@ from conftest import ENGINE, SOURCE
 
 import headrace as hr
 from headrace.errors import EngineLostError, SettingError
-from headrace.llms.asking import EngineError, PromptTooLong, Reply
+from headrace.llms.asking import EngineError, PromptTooLong
 from headrace.llms.engine import Engine
-from headrace.llms.options import ADAPTER, EngineConfig
+from headrace.llms.options import EngineConfig
+from headrace.speech import CHAT, EMBEDDINGS, TOKENIZE, Reply, Spent
 
 NAME = "acme/tiny"
 
 
 @pytest.fixture(scope="module")
 def engine(tiny: Any) -> Iterator[Engine]:
-    made = Engine.start(EngineConfig(model=tiny.lm, name=NAME, adapter=tiny.lora, arguments=ENGINE, sequences=8, stall_s=4.0))
+    made = Engine.start(EngineConfig(model=tiny.lm, name=NAME, arguments=ENGINE, sequences=8, stall_s=4.0))
     yield made
     made.close()
 
 
 def body(text: str = "hello there", **more: Any) -> dict[str, Any]:
     return {"model": NAME, "messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0, **more}
+
+
+def chat(engine: Engine, given: Any, **more: Any) -> Any:
+    return engine.speak(CHAT, given, **{"spent": Spent(), **more})
 
 
 def content(reply: Any) -> str:
@@ -46,45 +51,56 @@ def content(reply: Any) -> str:
 
 def test_the_same_text_alone_and_among_others_and_as_bytes(engine: Engine):
     async def together() -> list[str]:
-        return [content(one) for one in await asyncio.gather(*(engine.chat(body(text)) for text in texts))]
+        return [content(one) for one in await asyncio.gather(*(chat(engine, body(text)) for text in texts))]
 
     texts = [f"{'word ' * at}hello" for at in range(24)]
-    assert engine.call(together()) == [content(engine.call(engine.chat(json.dumps(body(text)).encode()))) for text in texts]
-
-
-def test_an_adapter_changes_the_text(engine: Engine):
-    assert content(engine.call(engine.chat(body()))) != content(engine.call(engine.chat(body(model=ADAPTER))))
+    assert engine.call(together()) == [content(engine.call(chat(engine, json.dumps(body(text)).encode()))) for text in texts]
 
 
 def test_errors_have_openais_form(engine: Engine):
     def error(given: Any, **more: Any) -> tuple[int, Any]:
-        reply = engine.call(engine.chat(given, **more))
+        reply = engine.call(chat(engine, given, **more))
         assert isinstance(reply, Reply)
         return reply.status, json.loads(reply.body)["error"]
 
     assert error(b'{"model":')[0] == 400 and error(b"\xff")[0] == 400
-    assert error(body(model="other"))[0] == 404
     status, told = error(body("word " * 1000))
     assert status == 400 and told["param"] == "input_tokens"
     assert error(body(temperature=-1))[0] == 400
-    vectors = engine.call(engine.embedding({"model": NAME, "input": "a"}))
+    vectors = engine.call(engine.speak(EMBEDDINGS, {"input": "a"}, spent=Spent()))
     assert vectors.status >= 400 and "writes text" in json.loads(vectors.body)["error"]["message"]
 
 
 def test_a_stream(engine: Engine):
     async def read() -> list[str]:
-        return [event async for event in await engine.chat(body(stream=True))]
+        return [event async for event in await chat(engine, body(stream=True))]
 
     events = engine.call(read())
     assert events[-1] == "data: [DONE]\n\n" and len(events) > 10
     said = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"].get("content") or "" for event in events[:-1]]
-    assert "".join(said) == content(engine.call(engine.chat(body())))
+    assert "".join(said) == content(engine.call(chat(engine, body())))
+
+
+def test_what_a_request_comes_to_is_known_also_of_one_that_ends_early(engine: Engine):
+    async def early() -> tuple[Spent, Spent, int]:
+        whole, part = Spent(), Spent()
+        await chat(engine, body(n=2, ignore_eos=True), spent=whole)
+        events = await chat(engine, body(max_tokens=200, ignore_eos=True, stream=True), spent=part)
+        for _ in range(6):
+            await anext(events)
+        await events.aclose()
+        told = await engine.speak(TOKENIZE, body(), spent=Spent())
+        return whole, part, json.loads(told.body)["count"]
+
+    whole, part, counted = engine.call(early())
+    assert (whole.prompt_tokens, whole.completion_tokens) == (counted, 32) and whole.first_s > 0
+    assert part.prompt_tokens == counted and 4 <= part.completion_tokens < 200
 
 
 def test_cancelling_ends_the_computation(engine: Engine):
     async def cancelled() -> None:
-        task = asyncio.create_task(engine.chat(body(max_tokens=400, ignore_eos=True)))
-        stream = await engine.chat(body(max_tokens=400, ignore_eos=True, stream=True))
+        task = asyncio.create_task(chat(engine, body(max_tokens=400, ignore_eos=True)))
+        stream = await chat(engine, body(max_tokens=400, ignore_eos=True, stream=True))
         await anext(stream)
         assert engine._client.get_num_unfinished_requests() == 2
         task.cancel()
@@ -103,7 +119,7 @@ def test_priorities_go_first(engine: Engine):
         ended: list[str] = []
 
         async def one(name: str, priority: int) -> None:
-            await engine.chat(body(max_tokens=64, ignore_eos=True), priority=priority)
+            await chat(engine, body(max_tokens=64, ignore_eos=True), priority=priority)
             ended.append(name)
 
         crowd = [asyncio.create_task(one("crowd", 5)) for _ in range(64)]
@@ -117,7 +133,7 @@ def test_priorities_go_first(engine: Engine):
 def test_figures_grow(engine: Engine):
     before = engine.figures()
     for _ in range(2):
-        content(engine.call(engine.chat(body("word " * 150, ignore_eos=True))))
+        content(engine.call(chat(engine, body("word " * 150, ignore_eos=True))))
     after = engine.figures()
     grown = {name: after[name] - before[name] for name in after}
     assert grown["generated_tokens"] == 32 and grown["prompt_tokens"] >= 300 and grown["prefix_hits"] >= 128
@@ -158,7 +174,7 @@ def test_a_pipeline_with_an_adapter(tiny: Any, engine: Engine):
     """As a user has it: `lora` changes the text, and an adapter that is none is told before anything starts."""
     stage = hr.LLM(out="said", model=tiny.lm, prompt="{text}", on=hr.cpu(1), engine=ENGINE, lora=tiny.lora, sampling=hr.Sampling(max_tokens=16))
     (row,) = hr.Pipeline("p", stage).local([{"text": "hello there"}])
-    assert row["said"] != content(engine.call(engine.chat(body())))
+    assert row["said"] != content(engine.call(chat(engine, body())))
     with pytest.raises(SettingError, match="holds no adapter_config.json"):
         hr.Pipeline("p", hr.LLM(out="said", model=tiny.lm, prompt="{text}", lora=tiny.lm)).local([{"text": "a"}])
 
@@ -196,7 +212,7 @@ def test_one_that_is_stopped_is_given_up_and_then_says_so(engine: Engine):
     os.kill(core, signal.SIGSTOP)
     began_s = time.monotonic()
     with pytest.raises(EngineLostError, match="has work and made no step for 4 s"):
-        engine.call(engine.chat(body()))
+        engine.call(chat(engine, body()))
     assert time.monotonic() - began_s < 20 and not engine.alive and not psutil.pid_exists(core)
     with pytest.raises(EngineLostError, match="made no step"):
-        engine.call(engine.chat(body()))
+        engine.call(chat(engine, body()))

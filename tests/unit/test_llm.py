@@ -26,10 +26,10 @@ from headrace.hardware import Cluster, Node
 from headrace.lineage import FAULT, Fault
 from headrace.llms import asking, options, places
 from headrace.llms.answers import Schema
-from headrace.llms.asking import Reply
 from headrace.llms.options import EngineConfig
 from headrace.llms.prompts import Template
 from headrace.settings import override
+from headrace.speech import CHAT, EMBEDDINGS, Reply, Spent
 from headrace.stage import Stage
 from headrace.worker import Worker
 
@@ -72,17 +72,12 @@ class Scripted:
     def call(self, work: Any) -> Any:
         return asyncio.run(work)
 
-    async def chat(self, body: Mapping[str, Any]) -> Reply:
+    async def speak(self, path: str, body: Mapping[str, Any], *, spent: Spent) -> Reply:
         self.bodies.append(body)
-        return self._reply({"message": {"role": "assistant", "content": self.texts.pop(0)}})
-
-    async def completion(self, body: Mapping[str, Any]) -> Reply:
-        self.bodies.append(body)
-        return self._reply({"text": self.texts.pop(0)})
-
-    async def embedding(self, body: Mapping[str, Any]) -> Reply:
-        self.bodies.append(body)
-        return Reply(200, json.dumps({"data": [{"embedding": [float(len(text)), 0.5]} for text in body["input"]]}).encode())
+        if path == EMBEDDINGS:
+            return Reply(200, json.dumps({"data": [{"embedding": [float(len(text)), 0.5]} for text in body["input"]]}).encode())
+        text = self.texts.pop(0)
+        return self._reply({"message": {"role": "assistant", "content": text}} if path == CHAT else {"text": text})
 
     def _reply(self, choice: Mapping[str, Any]) -> Reply:
         if "error" in self.more:
@@ -353,7 +348,7 @@ def test_an_embedding_model_writes_vectors():
     engine = Scripted()
     found = answered(stage, engine, text=["a", "bcd"])["vector"]
     assert np.array_equal(found, [[1, 0.5], [3, 0.5]]) and found[0].dtype == np.float32
-    assert engine.bodies == [{"model": "acme/vectors", "input": ["a", "bcd"]}]
+    assert engine.bodies == [{"input": ["a", "bcd"]}]
 
 
 def test_the_size_is_read_from_the_model(tmp_path: Path):
@@ -369,7 +364,7 @@ def test_the_size_is_read_from_the_model(tmp_path: Path):
 def test_defaults_suit_the_device_and_arguments_go_before_them(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text('{"r": 20}')
     on_cpu = EngineConfig(model="m", name="acme/m", sequences=7, adapter=str(tmp_path), arguments={"max_num_seqs": 3}).engine_arguments()
-    assert (on_cpu["dtype"], on_cpu["max_num_seqs"], on_cpu["max_lora_rank"], on_cpu["served_model_name"]) == ("float32", 3, 32, ["acme/m"])
+    assert (on_cpu["dtype"], on_cpu["max_num_seqs"], on_cpu["max_lora_rank"], on_cpu["served_model_name"]) == ("float32", 3, 32, ["acme/m without its adapter"])
     on_gpu = EngineConfig(model="m", name="m", device="cuda", embed=True)
     assert EngineConfig(model="m", name="m", device="cuda", gpus=2).engine_arguments()["tensor_parallel_size"] == 2
     assert EngineConfig(model="m", name="m", device="cuda", gpus=0.5).engine_arguments()["gpu_memory_utilization"] == 0.45
@@ -435,11 +430,11 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_bad_row_is_one_dead_letter_by_name():
     class Picky(Scripted):
-        async def chat(self, body: Mapping[str, Any]) -> Reply:
+        async def speak(self, path: str, body: Mapping[str, Any], *, spent: Spent) -> Reply:
             bad = "bad" in body["messages"][0]["content"]
             self.more = {"error": {"message": "too long", "param": "input_tokens", "code": 400}} if bad else {}
             self.texts = ["fine"]
-            return await super().chat(body)
+            return await super().speak(path, body, spent=spent)
 
     stage = llm(on=hr.cpu(1), concurrency=4)
     worker = _worker(stage, Picky())

@@ -19,6 +19,7 @@ from headrace.errors import ServingError, SettingError
 from headrace.settings import override
 
 if TYPE_CHECKING:
+    from headrace.gateway.openai.opening import Opening
     from headrace.serving.release.versions import How
 
 Name = Annotated[
@@ -36,6 +37,16 @@ Deadline = Annotated[str, typer.Option(metavar="TIME", help="When a request is g
 MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The largest body of a request, such as 16MB.")]
 MaxRows = Annotated[int, typer.Option(min=1, metavar="N", help="The most rows of a request.")]
 Keys = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer only to keys in this file, which headrace keys makes.")]
+Accounts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE", envvar="HEADRACE_ACCOUNTS", help="Answer only to keys in these accounts, within their limits: an SQLite file or a PostgreSQL URL."
+    ),
+]
+Prices = Annotated[Path | None, typer.Option(metavar="FILE", help="With --accounts: what tokens cost, by model, in TOML.")]
+Files = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Keep files here, and run batches of requests in the background: /v1/files and /v1/batches.")
+]
 Tls = Annotated[str | None, typer.Option(metavar="CERT,KEY", help="Files with a certificate chain and its key, in PEM: https instead of http.")]
 AllowNoKeys = Annotated[bool, typer.Option("--allow-no-keys", help="Listen beyond this machine although anybody is answered.")]
 Doors = Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Processes that share the port and pass requests to replicas.")]
@@ -66,6 +77,9 @@ def serve(
     max_body: MaxBody = "16MiB",
     max_rows: MaxRows = 4096,
     keys: Keys = None,
+    accounts: Accounts = None,
+    prices: Prices = None,
+    files: Files = None,
     tls: Tls = None,
     allow_no_keys: AllowNoKeys = False,
     doors: Doors = 2,
@@ -80,7 +94,7 @@ def serve(
     """Serve a pipeline over HTTP, until told to stop. On a running service this is its next version, which takes over without a request lost."""
     how = takeover(canary, shadow)
     replicas_of, idle_s = dict(replica_bounds(word) for word in replicas or []), seconds(idle, "--idle")
-    exposed(host, keys=keys, allow_no_keys=allow_no_keys)
+    exposed(host, keys=keys is not None or accounts is not None, allow_no_keys=allow_no_keys)
     certificate = pair(tls) if tls else None
     if log not in (None, "json", "off"):
         raise SettingError(f"--log {log!r} must be json or off")
@@ -96,11 +110,12 @@ def serve(
 
         KeyFile(keys).hashes()  # told now, and not by actors, if it is missing or damaged
 
+    opening = opened(accounts, prices, files)
     from headrace.on_ray.deploying import Bounds, Change  # loads ray: a mistake above is told half a second earlier
     from headrace.on_ray.service import Face, Service, Where
     from headrace.on_ray.service import serve as begin
 
-    face = Face(host, port, doors, certificate, keys, log == "json" or (log is None and not sys.stdout.isatty()))
+    face = Face(host, port, doors, certificate, keys, log == "json" or (log is None and not sys.stdout.isatty()), opening, accounts is not None)
     where = Where(address, Path(file.partition("::")[0]).resolve().parent, verbose)
     begin(Service(pipeline, service, where, face, limits, Bounds(replicas_of, target_in_flight, idle_s), Change(how, gate)), tell=tell)
 
@@ -121,7 +136,7 @@ def takeover(canary: str | None, shadow: str | None) -> How:
     return Shadow(share=share(shadow, "--shadow")) if shadow else Rolling()
 
 
-def exposed(host: str, *, keys: Path | None, allow_no_keys: bool) -> None:
+def exposed(host: str, *, keys: bool, allow_no_keys: bool) -> None:
     """Refuse to answer everybody beyond this machine, unless told to in words."""
     try:
         local = ipaddress.ip_address(host).is_loopback
@@ -132,6 +147,22 @@ def exposed(host: str, *, keys: Path | None, allow_no_keys: bool) -> None:
             f"--host {host} lets other machines in, and no key is asked for. Make one: headrace keys create NAME --file keys.json, "
             "then give --keys keys.json; or, where something in front checks who asks, say --allow-no-keys"
         )
+
+
+def opened(accounts: str | None, prices: Path | None, files: Path | None) -> Opening:
+    """What doors are to open for OpenAI's interface; mistakes in it are told now, and not by actors."""
+    from headrace.gateway.openai.opening import Opening
+
+    if prices is not None and accounts is None:
+        raise SettingError("--prices says what requests cost, and only --accounts keep what a key has spent: give both")
+    if accounts is not None and "://" not in accounts:
+        accounts = str(Path(accounts).expanduser().resolve())
+    opening = Opening(accounts, None if prices is None else str(prices.resolve()), None if files is None else str(files.resolve()))
+    if (books := opening.books()) is not None:
+        books.database.close()
+    if (depot := opening.depot()) is not None:
+        depot.close()
+    return opening
 
 
 def replica_bounds(word: str) -> tuple[str, tuple[int, int]]:

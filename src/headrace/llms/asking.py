@@ -14,37 +14,23 @@ from headrace.llms.answers import Schema
 from headrace.llms.faults import EngineError, InvalidAnswer, PromptTooLong
 from headrace.llms.prompts import Message
 from headrace.llms.sampling import Sampling
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Reply, Spent
 
 _OF_LENGTH = ("input_tokens", "max_tokens", "input_text", "max_completion_tokens")
 """What vLLM names as the parameter at fault where a prompt does not fit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The engine's answer to a request, as OpenAI's interface has it: an HTTP status, and a body of JSON."""
-
-    status: int
-    body: bytes
-
-
 class Answering(Protocol):
     """What answers bodies of OpenAI's interface: the engine, or a test's."""
 
-    async def chat(self, body: bytes | Mapping[str, Any]) -> Reply | AsyncIterator[str]:
-        """Of /v1/chat/completions."""
-
-    async def completion(self, body: bytes | Mapping[str, Any]) -> Reply | AsyncIterator[str]:
-        """Of /v1/completions."""
-
-    async def embedding(self, body: bytes | Mapping[str, Any]) -> Reply:
-        """Of /v1/embeddings."""
+    async def speak(self, path: str, body: bytes | Mapping[str, Any], *, spent: Spent) -> Reply | AsyncIterator[str]:
+        """See `headrace.speech.Speaker`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a row asks: messages, or the `prompt` of a completion."""
 
-    model: str
     messages: tuple[Message, ...]
     prompt: str | None
     sampling: Sampling
@@ -54,7 +40,7 @@ class Request:
         """The body of an attempt, from 0 on."""
         asked: dict[str, Any] = {"messages": list(self.messages)} if self.prompt is None else {"prompt": self.prompt}
         form = {} if schema is None else {"response_format": schema.format()}
-        return {"model": self.model, **asked, **form, **self.sampling.fields(attempt)}
+        return {**asked, **form, **self.sampling.fields(attempt)}
 
 
 async def ask(engine: Answering, request: Request, *, schema: Schema | None, out: str | None) -> dict[str, Any]:
@@ -67,7 +53,7 @@ async def ask(engine: Answering, request: Request, *, schema: Schema | None, out
     """
     for attempt in range(request.attempts):
         body = request.body(attempt, schema)
-        reply = await (engine.chat(body) if request.prompt is None else engine.completion(body))
+        reply = await engine.speak(CHAT if request.prompt is None else COMPLETIONS, body, spent=Spent())
         assert isinstance(reply, Reply)  # it was not asked for a stream
         choice = _choices(reply)[0]
         text = str((choice["text"] if "text" in choice else choice["message"]["content"]) or "")
@@ -82,14 +68,15 @@ async def ask(engine: Answering, request: Request, *, schema: Schema | None, out
     raise InvalidAnswer(last)
 
 
-async def embed(engine: Answering, model: str, texts: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+async def embed(engine: Answering, texts: Sequence[str]) -> list[npt.NDArray[np.float32]]:
     """The texts' vectors, each of shape (size,).
 
     Raises:
         PromptTooLong: one of them does not fit.
         EngineError: the engine refused them, or failed on them.
     """
-    reply = await engine.embedding({"model": model, "input": list(texts)})
+    reply = await engine.speak(EMBEDDINGS, {"input": list(texts)}, spent=Spent())
+    assert isinstance(reply, Reply)
     return [np.asarray(one["embedding"], np.float32) for one in _content(reply)["data"]]
 
 

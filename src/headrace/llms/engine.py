@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import contextvars
 import json
 import os
 import sys
@@ -21,15 +22,21 @@ from typing import Any, NoReturn, TypeVar
 from headrace import expendable
 from headrace.errors import EngineLostError, SettingError
 from headrace.llms import options
-from headrace.llms.asking import Reply
-from headrace.llms.options import ADAPTER, EngineConfig
+from headrace.llms.options import EngineConfig
 from headrace.llms.processes import Processes
 from headrace.llms.steps import Steps
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, Reply, Spent
 
 T = TypeVar("T")
 
 _WATCHED_S = 1.0
 _CLOSING_S = 10.0
+_SERVING = {
+    CHAT: ("openai_serving_chat", "create_chat_completion"),
+    COMPLETIONS: ("openai_serving_completion", "create_completion"),
+    EMBEDDINGS: ("serving_embedding", "__call__"),
+}
+_SPENT: contextvars.ContextVar[Spent | None] = contextvars.ContextVar("spent", default=None)
 _KILLED = -9  # the exit code of a process that SIGKILL ended: whoever sent it was no row
 
 
@@ -43,14 +50,15 @@ class Engine:
         self.config = config
         self.lost = ""
         self._steps = Steps()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-engine", daemon=True)
+        self.loop = _new_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="headrace-engine", daemon=True)
         self._client: Any = None  # vllm's AsyncLLM
         self._state: Any = None  # its serving objects
         self._processes = Processes()
         self._cores: list[Any] = []  # those of them that this process has started itself
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
+        self._bounds: dict[str, float] = {}
 
     @staticmethod
     def start(config: EngineConfig, *, where: str = "the engine") -> Engine:
@@ -65,7 +73,7 @@ class Engine:
             from vllm.engine.arg_utils import AsyncEngineArgs
         except ImportError as error:
             raise SettingError(f"{where} needs vLLM {options.VLLM_VERSION}, which cannot be imported ({error}); {_install(config)}") from error
-        options.check_arguments(config.arguments, (one.name for one in fields(AsyncEngineArgs)), where)
+        options.check_arguments(config.arguments, [*(one.name for one in fields(AsyncEngineArgs)), *options.SPOKEN], where)
         engine = Engine(config)
         engine._thread.start()
         try:
@@ -78,40 +86,41 @@ class Engine:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that runs on the engine's loop, for other threads than its own."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def chat(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply | AsyncIterator[str]:
-        """The answer to a body of /v1/chat/completions; the text of server-sent events where it asks for a stream.
+    async def speak(
+        self, path: str, body: bytes | Mapping[str, Any], *, priority: int = 1, request_id: str | None = None, spent: Spent
+    ) -> Reply | AsyncIterator[str]:
+        """See `headrace.speech.Speaker`."""
+        from jinja2 import TemplateError
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.exceptions import VLLMError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        Lower priorities go first. Cancelling the caller, or closing the iterator, ends the computation.
-
-        Raises:
-            EngineLostError: the engine died or hangs, and this process is not one that ends then.
-        """
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        serving = getattr(self._state, "openai_serving_chat", None)
-        return await self._answer(serving and serving.create_chat_completion, ChatCompletionRequest, body, _named(priority=priority, request_id=request_id))
-
-    async def completion(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply | AsyncIterator[str]:
-        """The same for /v1/completions."""
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-        serving = getattr(self._state, "openai_serving_completion", None)
-        return await self._answer(serving and serving.create_completion, CompletionRequest, body, _named(priority=priority, request_id=request_id))
-
-    async def embedding(self, body: bytes | Mapping[str, Any], *, priority: int | None = None, request_id: str | None = None) -> Reply:
-        """The same for /v1/embeddings, which is never a stream."""
-        from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
-
-        serving = getattr(self._state, "serving_embedding", None)
-        reply = await self._answer(serving, EmbeddingCompletionRequest, body, _named(priority=priority, request_id=request_id))
-        assert isinstance(reply, Reply)
-        return reply
+        self._check()
+        _SPENT.set(spent)
+        try:
+            if path == TOKENIZE:
+                return await self._count(json.loads(body) if isinstance(body, bytes) else body)
+            create, kind = self._spoken(path)
+            request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
+            request.model, request.priority = self.config.name, priority
+            if request_id is not None:
+                request.request_id = request_id
+            result = await create(request, None)
+        except (VLLMError, EngineGenerateError, TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+            result = create_error_response(error)
+        except EngineDeadError:
+            self._give_up("the engine died")
+        if hasattr(result, "__aiter__"):
+            return self._relayed(result)
+        if self._client.errored:  # of which vLLM makes an answer with status 500
+            self._give_up("the engine died")
+        return _reply(result)
 
     def figures(self) -> dict[str, float]:
-        """What it is doing and has done; see `headrace.readings`. May be called from any thread."""
-        return self._steps.figures()
+        """See `headrace.speech.Speaker`."""
+        return {**self._steps.figures(), **self._bounds}
 
     @property
     def alive(self) -> bool:
@@ -126,12 +135,12 @@ class Engine:
         if self._thread.is_alive():
             if self._client is not None:
                 with contextlib.suppress(TimeoutError):
-                    asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_CLOSING_S)
-            self._loop.call_soon_threadsafe(self._loop.stop)
+                    asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(_CLOSING_S)
+            self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(_CLOSING_S)
         self._kill()
         if not self._thread.is_alive():
-            self._loop.close()
+            self.loop.close()
 
     def __str__(self) -> str:
         config = self._client.vllm_config
@@ -151,6 +160,7 @@ class Engine:
         from vllm.v1.executor.abstract import Executor
 
         given = self.config.engine_arguments()
+        spoken = {name: given.pop(name) for name in options.SPOKEN if name in given}
         if isinstance(grammar := given["structured_outputs_config"], Mapping):
             given["structured_outputs_config"] = StructuredOutputsConfig(**grammar)
         arguments = AsyncEngineArgs(**given)
@@ -160,45 +170,59 @@ class Engine:
         )
         self._cores = list(self._client.engine_core.resources.engine_manager.processes)
         self._state = State()
-        everything = argparse.Namespace(**(vars(FrontendArgs()) | vars(arguments)))
+        everything = argparse.Namespace(**(vars(FrontendArgs()) | vars(arguments) | spoken))
         tasks = await self._client.get_supported_tasks()
-        await init_app_state(self._client, state=self._state, args=everything, supported_tasks=tasks)
+        await init_app_state(_Counting(self._client), state=self._state, args=everything, supported_tasks=tasks)
         if self.config.adapter is not None:
             await self._load_adapter(self.config.adapter)
+        cache, scheduler = config.cache_config, config.scheduler_config
+        self._bounds = {
+            "sequences": float(scheduler.max_num_seqs),
+            "capacity": float((cache.num_gpu_blocks or 0) * cache.block_size),
+            "length": float(config.model_config.max_model_len),
+        }
         self._watch = asyncio.create_task(self._watch_over())
 
     async def _load_adapter(self, folder: str) -> None:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
-        said = await self._state.openai_serving_models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=ADAPTER, lora_path=folder))
+        said = await self._state.openai_serving_models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=self.config.name, lora_path=folder))
         if isinstance(said, ErrorResponse):
             raise SettingError(f"the LoRA adapter in {folder!r} cannot be used with {self.config.name!r}: {said.error.message}")
 
-    async def _answer(self, create: Any, kind: Any, body: bytes | Mapping[str, Any], given: Mapping[str, Any]) -> Reply | AsyncIterator[str]:
-        """What `create` makes of a body; whatever it raises for the request's sake as an error of OpenAI's form."""
-        from jinja2 import TemplateError
-        from vllm.entrypoints.serve import create_error_response
-        from vllm.exceptions import VLLMError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+    def _spoken(self, path: str) -> tuple[Any, Any]:
+        """What answers under a path, and the form of its requests."""
+        if path == CHAT:
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as Form
+        elif path == COMPLETIONS:
+            from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Form
+        else:
+            from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest as Form
+        name, method = _SERVING[path]
+        serving = getattr(self._state, name, None)
+        if serving is None:
+            raise NotImplementedError(f"the model {self.config.name!r} does not do this: it {'makes vectors' if self.config.embed else 'writes text'}")
+        return getattr(serving, method), Form
 
-        self._check()
-        try:
-            if create is None:
-                raise NotImplementedError(f"the model {self.config.name!r} does not do this: it {'makes vectors' if self.config.embed else 'writes text'}")
-            request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
-            for name, value in given.items():
-                setattr(request, name, value)
-            result = await create(request, None)
-        except (VLLMError, EngineGenerateError, TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-            result = create_error_response(error)
-        except EngineDeadError:
-            self._give_up("the engine died")
-        if hasattr(result, "__aiter__"):
-            return self._relayed(result)
-        if self._client.errored:  # of which vLLM makes an answer with status 500
-            self._give_up("the engine died")
-        return _reply(result)
+    async def _count(self, body: Mapping[str, Any]) -> Reply:
+        """How many tokens the prompt of a body has."""
+        from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+
+        if "messages" in body:
+            forms = [TokenizeChatRequest.model_validate({"messages": body["messages"], "tools": body.get("tools")})]
+        else:
+            prompts = body.get("prompt", body.get("input"))
+            texts = prompts if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)) else [prompts]
+            forms = [TokenizeCompletionRequest(prompt=text) for text in texts if isinstance(text, str)]
+        count = 0 if "messages" in body else sum(len(text) for text in texts if isinstance(text, list))
+        for form in forms:
+            form.model = self.config.name
+            told = await self._state.serving_tokenization.create_tokenize(form, None)
+            if not hasattr(told, "count"):
+                return _reply(told)
+            count += told.count
+        return Reply(200, json.dumps({"count": count}).encode())
 
     async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """The events of a stream, without the error that vLLM makes of its own death."""
@@ -253,8 +277,49 @@ class Engine:
         self._client.shutdown(timeout=0)
 
 
-def _named(**given: Any) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
+class _Counting:
+    """vLLM's client, which writes down what each request comes to: its own answers tell that only to who asks, and not of streams that end early."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def generate(self, *given: Any, **named: Any) -> AsyncIterator[Any]:
+        """Its `generate`."""
+        return _counted(self._client.generate(*given, **named), _SPENT.get())
+
+    def encode(self, *given: Any, **named: Any) -> AsyncIterator[Any]:
+        """Its `encode`."""
+        return _counted(self._client.encode(*given, **named), _SPENT.get())
+
+
+async def _counted(outputs: AsyncIterator[Any], spent: Spent | None) -> AsyncIterator[Any]:
+    began = False
+    try:
+        async for output in outputs:
+            if spent is not None:
+                if not began:
+                    began = True
+                    spent.prompt_tokens += len(output.prompt_token_ids or ())
+                    spent.cached_tokens += output.num_cached_tokens or 0
+                    if (times := getattr(output, "metrics", None)) is not None:
+                        spent.queue_s = max(spent.queue_s, times.scheduled_ts - times.queued_ts)
+                        spent.first_s = spent.first_s or times.first_token_latency
+                for one in getattr(output, "outputs", None) or () if hasattr(output, "metrics") else ():  # one of vectors has no tokens
+                    spent.completion_tokens += len(one.token_ids)
+            yield output
+    finally:
+        await outputs.aclose()  # type: ignore[attr-defined]
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # it comes with the extra `serve`
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def _reply(result: Any) -> Reply:

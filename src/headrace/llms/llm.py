@@ -20,6 +20,7 @@ from headrace.llms.asking import Request, ask, embed
 from headrace.llms.options import EngineConfig
 from headrace.llms.prompts import Message, Template
 from headrace.llms.sampling import Sampling
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Speaker, Speech
 from headrace.stage import MARK, Stage, stage
 
 _AT_ONCE = {"cpu": 64, "cuda": 256}  # rows under way: what keeps an engine's batch full
@@ -166,7 +167,7 @@ class LLM:
             options.check_adapter(adapter, f"{self._where}: lora")
         config = EngineConfig(
             model=places.fetch(self.model, f"{self._where}: model"),
-            name=self.model,
+            name=self.speaks().model,
             device=device,
             gpus=next((entry.gpus for entry in _entries(self) if entry.gpus), 1.0),
             sequences=calls * _rule(self).count,
@@ -179,6 +180,14 @@ class LLM:
         weakref.finalize(self, self._engine.close)
         return str(self._engine)
 
+    def speaks(self) -> Speech:
+        """What this stage is to clients of OpenAI's interface; see `headrace.speech`."""
+        return Speech(places.public_name(self.lora or self.model), (EMBEDDINGS,) if self.embed else (CHAT, COMPLETIONS))
+
+    def speaker(self) -> Speaker:
+        """Its engine, once it is set up."""
+        return self._engine
+
     def figures(self) -> Mapping[str, float]:
         """What the engine is doing and has done, by name: see `headrace.readings`. Empty before `setup`."""
         engine = vars(self).get("_engine")
@@ -190,7 +199,7 @@ class LLM:
         rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
         if self.embed:
             assert self._template is not None
-            vectors = self._engine.call(embed(self._engine, self.model, [self._template.fill(row) for row in rows]))
+            vectors = self._engine.call(embed(self._engine, [self._template.fill(row) for row in rows]))
             return {str(self.out): vectors}
         answers = self._engine.call(self._ask_all([self._request(row) for row in rows]))
         return {name: [answer[name] for answer in answers] for name in self._columns[1]}
@@ -204,7 +213,6 @@ class LLM:
         return [answer for answer in answers if isinstance(answer, dict)]
 
     def _request(self, row: Mapping[str, Any]) -> Request:
-        name = self.model if self.lora is None else options.ADAPTER
         if self._template is None:
             assert self.messages is not None
             messages, prompt = prompts.checked(self.messages(**row)), None
@@ -212,7 +220,7 @@ class LLM:
             text = self._template.fill(row)
             system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
             messages, prompt = ([*system, {"role": "user", "content": text}], None) if self.chat else ([], text)
-        return Request(name, tuple(messages), prompt, self.sampling, self.attempts)
+        return Request(tuple(messages), prompt, self.sampling, self.attempts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_engine"}  # an engine stays where it is

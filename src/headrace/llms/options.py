@@ -28,12 +28,12 @@ class EngineConfig:
 
     Attributes:
         model: a folder, or a name on the hub, as `places.fetch` returns it.
-        name: what requests call the model.
+        name: what requests call what it serves: the model, or the model with its adapter.
         device: `"cuda"` or `"cpu"`.
         gpus: how many of them, or which part of one.
         sequences: how many it computes at a time.
         embed: whether it turns text into vectors, instead of writing text.
-        adapter: the folder of a LoRA adapter, which requests call `ADAPTER`.
+        adapter: the folder of a LoRA adapter.
         arguments: vLLM's own engine arguments, which go before all defaults.
         stall_s: with sequences under way and no step for so long, the engine is given up.
     """
@@ -52,7 +52,7 @@ class EngineConfig:
         """The arguments of vLLM's engine, as plain values."""
         chosen: dict[str, Any] = {
             "model": self.model,
-            "served_model_name": [self.name],
+            "served_model_name": [self.name if self.adapter is None else f"{self.name} without its adapter"],
             "max_num_seqs": self.sequences,
             "scheduling_policy": "priority",
             "structured_outputs_config": _GRAMMAR,
@@ -82,8 +82,11 @@ class EngineConfig:
         return variables
 
 
-ADAPTER = "adapter"
-"""What requests call the LoRA adapter of a stage."""
+SPOKEN = (
+    "chat_template", "chat_template_content_format", "default_chat_template_kwargs", "enable_auto_tool_choice", "enable_prompt_tokens_details",
+    "exclude_tools_when_tool_choice_none", "response_role", "return_tokens_as_token_ids", "tool_call_parser", "tool_parser_plugin",
+)  # fmt: skip
+"""Those of vLLM's server arguments that are about how the model is spoken to; they may be among the engine's."""
 
 
 def check_arguments(given: Iterable[str], known: Iterable[str], where: str) -> None:

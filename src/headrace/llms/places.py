@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ def find(name: str) -> Path | None:
         snapshot = kept / "snapshots" / (kept / "refs" / "main").read_text(encoding="utf-8").strip()
         return snapshot if snapshot.is_dir() else None
     return None
+
+
+def public_name(name: str) -> str:
+    """What clients call a model: its name on the hub, or the last part of its folder or URI."""
+    if "://" not in name and not name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        return name
+    last = Path(name.partition("://")[2] or name).expanduser().resolve().name
+    return re.sub(r"[^\x21-\x7e]", "-", last)[:200] or "model"
 
 
 def vector_size(name: str) -> int | None:

@@ -31,13 +31,17 @@ _LENT_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What control is set over: the service, its bounds, where it answers, the file with its keys, and the certificate to trust there."""
+    """What control is set over: the service, its bounds, where it answers, the file with its keys, and the certificate to trust there.
+
+    `guarded` is whether doors know keys beside those of the file; then nobody is let in without one, as with a file.
+    """
 
     service: str
     limits: Limits
     url: str
     keys: str | None = None
     ca: str | None = None
+    guarded: bool = False
 
     @property
     def kept(self) -> str:
@@ -294,9 +298,9 @@ class Control:
 
     def _read_keys(self) -> Mapping[str, str] | None:
         """The hashes of valid keys, None where none are asked for; those of before while the file is damaged."""
-        if self._keys is None:
+        if self._keys is None and not self.charge.guarded:
             return None
-        if self._keys.changed():
+        if self._keys is not None and self._keys.changed():
             try:
                 self._hashes = self._keys.hashes()
             except KeyFileError as error:

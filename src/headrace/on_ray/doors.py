@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.exceptions
@@ -35,7 +35,8 @@ _AWAY = (ray.exceptions.RayError, ValueError)  # control is dead, starts again, 
 class Listening:
     """Where a service's doors listen, on which node they run, and where they log: `logs` is the pattern of the pipes that are read (`serving.watch.pipes`).
 
-    Where nobody reads, doors log to their own standard output, which Ray keeps in files; None is for no log of requests.
+    Where nobody reads, doors log to their own standard output, which Ray keeps in files; None is for no log of requests. `opening` has
+    each door speak more than rows.
     """
 
     service: str
@@ -43,6 +44,14 @@ class Listening:
     port: int
     tls: tuple[str, str] | None = None
     logs: str | None = ""
+    opening: Opening | None = None
+
+
+class Opening(Protocol):
+    """What has a door speak more than rows, of plain data: each door's process opens everything for itself."""
+
+    async def open(self, door: Door) -> None:
+        """Set the door's `edge` and `doorman`; called on its loop."""
 
 
 class FrontDoor:
@@ -62,6 +71,8 @@ class FrontDoor:
         self.door.traces = Traces.from_environment(self.service, door=self.name)
         self.server = DoorServer(self.door, host=listening.host, port=listening.port, tls=listening.tls)
         self.port = self.server.start()
+        if listening.opening is not None:
+            self.server.run(listening.opening.open(self.door))
         self.server.call(self.door.update, routes)
         self._revision = routes.revision
         for work in (self._hear, self._report):

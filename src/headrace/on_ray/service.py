@@ -25,7 +25,7 @@ from headrace.hardware import Cluster
 from headrace.on_ray import cluster, compat, deployments
 from headrace.on_ray.control import Charge, Control
 from headrace.on_ray.deploying import Bounds, Change, Deployment, Tell, get, happenings
-from headrace.on_ray.doors import FrontDoor, Listening
+from headrace.on_ray.doors import FrontDoor, Listening, Opening
 from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
 from headrace.pipeline import Pipeline
 from headrace.serving import place
@@ -56,7 +56,10 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """What a service shows: where its doors listen, how many there are, TLS, the file with its keys, and whether requests are logged."""
+    """What a service shows: where its doors listen, how many there are, TLS, the file with its keys, and whether requests are logged.
+
+    `opening` has the doors speak OpenAI's interface; `guarded` is whether it knows keys, and lets nobody in without one.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -64,6 +67,8 @@ class Face:
     tls: tuple[str, str] | None = None
     keys: Path | None = None
     log: bool = True
+    opening: Opening | None = None
+    guarded: bool = False
 
     def url(self, port: int, machine: str) -> str:
         """Where it answers, seen from this machine, whose own address is `machine`."""
@@ -174,8 +179,8 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     url = face.url(port, compat.node_address())
     keys, ca = None if face.keys is None else str(face.keys.resolve()), None if face.tls is None else face.tls[0]
     Charge.forget(name)  # what a service of this name left that was killed
-    _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca))
-    listening = Listening(name, face.host, port, face.tls, logs if face.log else None)
+    _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca, face.guarded))
+    listening = Listening(name, face.host, port, face.tls, logs if face.log else None, face.opening)
     doors = [_actor(FrontDoor, door_name(name, number), 4).remote(listening, number) for number in range(face.doors)]
     try:
         deployments.start_serve()
@@ -187,10 +192,16 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt):
         _end(name)
         raise
-    key = " -H 'Authorization: Bearer hr_...'" if face.keys else ""
-    sample = shlex.quote(json.dumps(openapi.contract(service.pipeline)["sample"]))
+    key = " -H 'Authorization: Bearer hr_...'" if face.keys or face.guarded else ""
+    contract = openapi.contract(service.pipeline)
+    sample = shlex.quote(json.dumps(contract["sample"]))
     tell(f"{name} answers at {url}/{service.pipeline.name} and is documented at {url}/docs")
     tell(f"  curl {url}/{service.pipeline.name} -H 'Content-Type: application/json'{key} -d {sample}")
+    if face.opening is not None and (speech := contract.get("speech")):
+        asked = {"/v1/embeddings": {"input": "Good"}}.get(speech["paths"][0], {"messages": [{"role": "user", "content": "Hello"}]})
+        body = shlex.quote(json.dumps({"model": speech["model"], **asked}))
+        tell(f"{name} speaks OpenAI's interface at {url}/v1, as the model {speech['model']}")
+        tell(f"  curl {url}{speech['paths'][0]} -H 'Content-Type: application/json'{key} -d {body}")
     return url
 
 

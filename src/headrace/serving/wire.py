@@ -35,6 +35,14 @@ class Kind(enum.IntEnum):
     """Door to replica: are you there? []"""
     HELLO = 4
     """Door to replica, first of all where the replica asks for it: the token of its `Endpoint` [token]."""
+    ASK = 5
+    """Door to replica: answer this body of OpenAI's interface [path, left_s, priority, tokens, request_id, trace or None]. See `Question`."""
+    BESIDE = 6
+    """Door to replica on the same machine: my Unix socket beside this connection has this key [key]. See `replica.outlets`."""
+    OFFER = 7
+    """Door to replica: the client's socket is there; write the rest of this answer yourself []."""
+    GO = 8
+    """Door to replica, in answer to READY: all before it is with the client: go on [whether by yourself, or through the door as before]."""
     DONE = 16
     """Replica to door: the answer [rows, queue_s, wait_s, compute_s, batch_rows]. See `Done`."""
     FAIL = 17
@@ -47,6 +55,12 @@ class Kind(enum.IntEnum):
     """Replica to door, in answer to PING and each second: what it is doing [stats: a map]. See `Stats`."""
     DRAIN = 21
     """Replica to door: send nothing more; what was taken is finished []."""
+    PART = 22
+    """Replica to door: a piece of a streamed answer, in server-sent events [prompt_tokens, cached_tokens, completion_tokens so far]."""
+    READY = 24
+    """Replica to door, in answer to OFFER: after this nothing comes until GO []."""
+    SAID = 23
+    """Replica to door: the answer to ASK, or the end of one that was streamed or cancelled [status, and what `Said` has]."""
 
 
 class Content(enum.IntEnum):
@@ -81,6 +95,33 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A request of OpenAI's interface, as it is sent to a replica. `tokens` is what it may take of the engine's memory, prompt and answer together."""
+
+    path: str
+    priority: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Of an answer to a `Question`: its HTTP status, tokens, and times as the replica saw them.
+
+    `cached_tokens` are those of the prompt that the engine had computed before. `queue_s` is from arrival to the engine's first step with it,
+    `first_s` from arrival to the first token, `took_s` to the end.
+    """
+
+    status: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float = 0.0
+    first_s: float = 0.0
+    took_s: float = 0.0
+    gaps: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why there is no answer: an HTTP status, a word for programs, a sentence, and for status 422 what is wrong with each field."""
 
@@ -95,7 +136,8 @@ class Stats:
     """What a replica is doing.
 
     Requests taken and not answered, and those of them that no call has begun on; the age of the oldest call under way; rows answered and
-    calls made since it started, and the sum over these calls of how full each was; its memory; whether it takes no more.
+    calls made since it started, and the sum over these calls of how full each was; its memory; whether it takes no more. `engine` are the
+    figures of its language model's engine, if it has one: see `headrace.readings`.
     """
 
     in_flight: int
@@ -106,6 +148,7 @@ class Stats:
     filled: float
     memory_bytes: int
     draining: bool
+    engine: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.bodies.docs import page
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content
+from headrace.speech import Speech
 
 __all__ = ["contract", "document", "page", "schema"]
 
@@ -42,7 +43,8 @@ _TAKES_ROWS = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 def contract(pipeline: Pipeline) -> dict[str, Any]:
     """What a pipeline reads and writes, of JSON values alone: for each column its JSON schema, and its type under the key `headrace`.
 
-    `required` names the columns that a row must have, and `sample` is a made-up row as a body holds it.
+    `required` names the columns that a row must have, and `sample` is a made-up row as a body holds it. A pipeline that is one language model
+    and nothing else has `speech`: the `model`'s name, and the `paths` of OpenAI's interface that it answers.
     """
     made_up = Codec({}, pipeline.inputs, rows=1).encode(table([sample(pipeline.inputs)], pipeline.inputs), [(0, 1, True, Content.JSON)])
     return {
@@ -51,7 +53,16 @@ def contract(pipeline: Pipeline) -> dict[str, Any]:
         "outputs": {name: _described(column) for name, column in pipeline.outputs.items()},
         "required": [name for name, column in pipeline.inputs.items() if not column.optional],
         "sample": orjson.loads(made_up[0]),
+        **_speech(pipeline),
     }
+
+
+def _speech(pipeline: Pipeline) -> dict[str, Any]:
+    speaks = [stage.call.speaks for stage in pipeline.stages if hasattr(stage.call, "speaks")]
+    if len(pipeline.stages) > 1 or not speaks:
+        return {}
+    speech: Speech = speaks[0]()
+    return {"speech": {"model": speech.model, "paths": list(speech.paths)}}
 
 
 def _described(column: ColumnType) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.serving.door import heads
+from headrace.serving.door.callers import ANYBODY, Caller, Doorman, admitted
 from headrace.serving.door.exchange import CLOSE, Exchange, Memory, Message, Receive, Send
 from headrace.serving.door.fleet import Fleet
 from headrace.serving.door.pairs import Mirror
@@ -18,7 +19,6 @@ from headrace.serving.door.retries import AskWords, Retries
 from headrace.serving.door.routing import Pool
 from headrace.serving.door.rows import Rows
 from headrace.serving.door.views import OPEN, Views
-from headrace.serving.keys import check
 from headrace.serving.routes import DoorReport, Limits, Routes
 from headrace.serving.watch.metrics import DoorMetrics
 from headrace.serving.wire import Done, Failure
@@ -30,12 +30,21 @@ if TYPE_CHECKING:
 TICK_S = 0.5
 
 CLOSING = Failure(503, "unavailable", "the service shuts down")
-NO_KEY = Failure(401, "unauthorized", "an API key is needed: Authorization: Bearer hr_..., or X-API-Key: hr_...")
-WRONG_KEY = Failure(401, "unauthorized", "this API key is not valid")
+NO_ROWS = Failure(403, "forbidden", "this key has limits that only requests under /v1/ count in, and may not ask here")
 _TEXT = (b"content-type", b"text/plain")
 _SOON = (b"retry-after", b"1")
 _CHALLENGE = (b"www-authenticate", b"Bearer")
 _NOTHING_YET = Failure(503, "unavailable", "the service starts; no version of it is known yet")
+
+
+class Edge(Protocol):
+    """What answers a door's paths below `/v1/`: OpenAI's interface."""
+
+    async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller | Failure) -> None:
+        """Answer a request; `caller` is who asks, or why that is nobody."""
+
+    async def close(self) -> None:
+        """Write down what is still to be written."""
 
 
 class Door:
@@ -43,7 +52,8 @@ class Door:
 
     `peers` are the Prometheus texts of the other doors, `snapshot` is what `/status` says beside this door's own figures, `traces` where
     spans go, if anywhere, `connections` how many clients are connected, of `most_connections` that this process can have, and `leaving` whether new ones
-    are better taken elsewhere; whoever runs the door sets them.
+    are better taken elsewhere, `edge` what answers below `/v1/`, and `doorman` who knows keys beside those of the routes; whoever runs the
+    door sets them.
     """
 
     def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None) -> None:
@@ -51,6 +61,8 @@ class Door:
         self.name = name
         self.log = log
         self.traces: Traces | None = None
+        self.edge: Edge | None = None
+        self.doorman: Doorman | None = None
         self.metrics = DoorMetrics(service, name)
         self.retries = Retries(ask_words=ask_words, retried=self._retried)
         self.fleet = Fleet(retries=self.retries, answered=self._answered)
@@ -147,28 +159,34 @@ class Door:
             self._ticking.cancel()
         self.mirror.close()
         self.fleet.abort(CLOSING)
+        if self.edge is not None:
+            await self.edge.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
-        keys = self.keys
-        key = None
         if self.fleet.routes is None and path not in OPEN:  # nor is it known whether keys are asked for
             await self._refuse(exchange, _NOTHING_YET, _SOON)
             return
-        if keys is not None and path not in OPEN:
-            given = heads.presented(exchange.found)
-            key = check(keys, given) if given else None
-            if key is None:
-                await self._refuse(exchange, WRONG_KEY if given else NO_KEY, _CHALLENGE)
-                return
+        caller = ANYBODY if path in OPEN else await admitted(exchange.found, self.keys, self.doorman)
+        if self.edge is not None and path.startswith("/v1/"):
+            await self.edge.answer(exchange, method, path, caller)
+            return
+        if isinstance(caller, Failure):
+            await self._refuse(exchange, caller, _CHALLENGE)
+        else:
+            await self._answer_caller(exchange, method, path, caller)
+
+    async def _answer_caller(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         if path in self.fleet.mixes:
             if method != "POST":
                 await self._other_method(exchange, method, "POST, OPTIONS")
             elif self.closing:
                 await self._refuse(exchange, CLOSING, CLOSE, _SOON)
+            elif not caller.rows:
+                await self._refuse(exchange, NO_ROWS)
             else:
-                await self._rows.answer(exchange, path, key)
+                await self._rows.answer(exchange, path, caller.name)
         elif self._views.knows(path):
             if method in ("GET", "HEAD"):
                 await self._show(exchange, path)

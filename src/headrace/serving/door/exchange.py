@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from headrace.serving.wire import Failure
 MOST_HELD_BYTES = 512 << 20  # of all bodies and answers that a door holds
 PIECE_BYTES = 256 << 10  # of a large answer, sent one after the other as the client reads
 STALLED_S = 60.0  # for a client to read one
+MOST_UNREAD_BYTES = 4 << 20  # of a language model's answer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,6 +47,17 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once."""
 
+    @property
+    def handle(self) -> int | None:
+        """The client's socket, if another process may write pieces of the answer to it."""
+
+    @property
+    def written(self) -> bool:
+        """Whether all of the answer so far is with the system."""
+
+    def write_piece(self, piece: bytes | memoryview) -> int:
+        """Send a piece of an answer of unknown length, which was begun, at once; how many bytes the client has not read."""
+
 
 class Memory:
     """How many bytes of bodies and answers a door holds."""
@@ -64,6 +76,7 @@ class Exchange:
     """A request and its answer. What it holds of the door's memory is given back by `release`."""
 
     __slots__ = (
+        "_also",
         "_connection",
         "_held_bytes",
         "_memory",
@@ -92,6 +105,7 @@ class Exchange:
         self._send = send
         self._memory = memory
         self._held_bytes = 0
+        self._also: list[tuple[bytes, bytes]] = []
         self._connection: Connection | None = scope.get("headrace.connection")
 
     @property
@@ -162,6 +176,10 @@ class Exchange:
         self.unread = message.get("more_body", False)
         return piece
 
+    def also(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send these headers with whatever the answer is."""
+        self._also += headers
+
     async def fail(self, failure: Failure, *more: tuple[bytes, bytes]) -> None:
         """Answer with an error. One who has gone is answered nothing."""
         if failure is GONE:
@@ -176,7 +194,7 @@ class Exchange:
         size = len(body)
         self.status = status
         send = self._send
-        headers = [kind, (b"content-length", b"%d" % size), (b"x-request-id", self.request_id.encode()), *more]
+        headers = [kind, (b"content-length", b"%d" % size), (b"x-request-id", self.request_id.encode()), *self._also, *more]
         await self._read()
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if size <= PIECE_BYTES:
@@ -193,7 +211,7 @@ class Exchange:
         """Begin an answer of unknown length."""
         self.status = 200
         await self._read()
-        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, (b"x-request-id", self.request_id.encode()), *more]})
+        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, (b"x-request-id", self.request_id.encode()), *self._also, *more]})
 
     async def _read(self) -> None:
         """Wait for a client that has not read the answers before this one; one that reads nothing for long is cut off."""
@@ -219,6 +237,33 @@ class Exchange:
             self.status = GONE.status
             return False
         return True
+
+    def pass_on(self, piece: bytes | memoryview) -> bool:
+        """Send a piece of an answer that was begun without waiting for anything; False if the client has not read far too much, and was cut off."""
+        connection = self._connection
+        assert connection is not None
+        self.bytes_out += len(piece)
+        if connection.write_piece(piece) > MOST_UNREAD_BYTES:
+            connection.abort()
+            self.status = GONE.status
+            return False
+        return True
+
+    @property
+    def handle(self) -> int | None:
+        """The client's socket, if another process may go on with the answer that was begun."""
+        return self._connection.handle if self._connection is not None else None
+
+    @property
+    def written(self) -> bool:
+        """Whether all of the answer so far is with the system."""
+        return self._connection is not None and self._connection.written
+
+    def cut_off(self) -> None:
+        """Close the connection: what the client has of the answer may end in the middle of a piece."""
+        self.status = GONE.status
+        if self._connection is not None:
+            self._connection.abort()
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from headrace.serving.wire import Content, Done, Failure
+from headrace.serving.wire import Content, Done, Failure, Question, Said
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +38,9 @@ class Carrier(Protocol):
     def cancel(self, hop: Hop) -> None:
         """Nobody waits for this request any more."""
 
+    def hand_over(self, hop: Hop, handle: int) -> None:
+        """Offer the replica a client's socket, so that it writes the rest of an answer itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leg:
@@ -67,7 +70,7 @@ class Journey:
     """A request on its way.
 
     `deadline` is a time of the loop. One that is `patient` waits while all replicas are busy instead of being shed;
-    one that is a `shadow` neither waits nor is tried twice.
+    one that is a `shadow` neither waits nor is tried twice. Requests of the same `prefix` go to the same replica where that has room.
     """
 
     deadline: float
@@ -75,6 +78,7 @@ class Journey:
     trace: str | None = None
     span: Span | None = None
     request_id: str = ""
+    prefix: int | None = None
     patient: bool = False
     shadow: bool = False
     stopped: Failure | None = None
@@ -110,6 +114,7 @@ class Journey:
                         span.group(pool.group, sent_s, None, attempt=hop.attempts, replica=hop.replica, error=outcome.code)
                     return outcome
                 done, body = outcome
+                assert isinstance(done, Done)
                 legs.append(Leg(pool.group, done, hop.replica, hop.attempts))
                 if span is not None:
                     span.group(pool.group, sent_s, done, attempt=hop.attempts, replica=hop.replica)
@@ -120,6 +125,43 @@ class Journey:
                 self.hop.withdraw(GONE)
         return Answer(memoryview(body), tuple(legs))
 
+    async def ask(self, place: Place, body: bytes, speaking: Speaking) -> tuple[Said, memoryview] | Failure:
+        """Ask a language model; pieces of a streamed answer go to `speaking` meanwhile. Returns when the deadline is over at the latest."""
+        if self.stopped is not None:
+            return self.stopped
+        timer = asyncio.get_running_loop().call_at(self.deadline, self.stop, EXPIRED)
+        hop = self.hop = Hop(self, body, Content.JSON, Content.JSON, speaking=speaking)
+        try:
+            place.submit(hop)
+            outcome = await hop.future
+            self.hop = None
+        finally:
+            timer.cancel()
+            if self.hop is not None:  # the task was cancelled
+                self.hop.withdraw(GONE)
+        if isinstance(outcome, Failure):
+            return outcome
+        said, answer = outcome
+        assert isinstance(said, Said)
+        return said, answer
+
+
+class Speaking(Protocol):
+    """What a request of OpenAI's interface is to a hop: what is asked, and where pieces of its answer go."""
+
+    question: Question
+    begun: bool
+    """Whether a piece of the answer has come: then no other replica can go on with it."""
+
+    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview, /) -> None:
+        """A piece came, and these are the tokens so far."""
+
+    def ready(self) -> bool:
+        """The replica has sent its last piece, and could write the rest itself; whether it may: if all before is with the client."""
+
+    def ended(self, said: Said | None) -> None:
+        """A request that was cancelled has come to this; None if nobody can say."""
+
 
 @dataclass(slots=True, eq=False)
 class Hop:
@@ -127,7 +169,7 @@ class Hop:
 
     `deaths` counts the replicas that died with it on board, not counting those that had not begun on it though it was sent `alone`;
     `hangs` those that were given up meanwhile. `twin` is the same request at another replica, sent while this one took far too long; of the
-    two, one may be `dropped`.
+    two, one may be `dropped`. One that has `speaking` is answered with `Said`.
     """
 
     journey: Journey
@@ -144,9 +186,10 @@ class Hop:
     deaths: int = 0
     hangs: int = 0
     twin: Hop | None = None
+    speaking: Speaking | None = None
     dropped: bool = False
     order: int = field(default_factory=_order.__next__)
-    future: asyncio.Future[tuple[Done, memoryview] | Failure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[tuple[Done | Said, memoryview] | Failure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def drop(self) -> bool:
         """Leave it to its twin, if there is one that is still at it; whether there is."""
@@ -159,13 +202,13 @@ class Hop:
         """Whether it ended without an answer. One that has its answer has it also before anybody was told."""
         return self.future.done() and (self.future.cancelled() or isinstance(self.future.result(), Failure))
 
-    def settle(self, outcome: tuple[Done, memoryview] | Failure) -> None:
+    def settle(self, outcome: tuple[Done | Said, memoryview] | Failure) -> None:
         """Say what came of it. What is said later is not heard."""
         self.link = None
         if not self.future.done():
             self.future.set_result(outcome)
 
-    def withdraw(self, outcome: tuple[Done, memoryview] | Failure) -> None:
+    def withdraw(self, outcome: tuple[Done | Said, memoryview] | Failure) -> None:
         """Settle it otherwise, and tell the replica that computes it, if any, to stop."""
         link = self.link
         if link is not None:

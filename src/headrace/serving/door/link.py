@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
-from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Stats, encode
+from headrace.serving.door.handover import Handover
+from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Said, Stats, encode
 
 if TYPE_CHECKING:
-    from headrace.serving.door.journey import Hop
+    from headrace.serving.door.journey import Hop, Speaking
     from headrace.serving.routes import Endpoint
 
 CONNECT_S = 2.0
@@ -26,7 +28,7 @@ class Owner(Protocol):
     def changed(self, link: Link) -> None:
         """It may be used now, or no longer."""
 
-    def answered(self, link: Link, done: Done) -> None:
+    def answered(self, link: Link, done: Done | Said) -> None:
         """A request of its was computed."""
 
     def refused(self, link: Link, hop: Hop, retry_after_s: float) -> None:
@@ -45,7 +47,8 @@ class Link(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_busy_hops", "_closed", "_decoder", "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
+        "_busy_hops", "_closed", "_decoder", "_ending", "_handover",
+        "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
         "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
     )  # fmt: skip
 
@@ -58,6 +61,8 @@ class Link(asyncio.Protocol):
         self.unanswered = 0
         self.ready = self.draining = self.slow = self.hung = self.retired = self.clogged = self.local = False
         self._busy_hops = 0
+        self._handover: Handover | None = None
+        self._ending: dict[int, Speaking] = {}  # cancelled, and not yet told what they have come to
         self._next = 1
         self._out: list[bytes | memoryview] = []
         self._owner = owner
@@ -87,6 +92,11 @@ class Link(asyncio.Protocol):
         hop.started = False
         hop.attempts += 1
         self.hops[number] = hop
+        if (speaking := hop.speaking) is not None:
+            asked = speaking.question
+            ask = (asked.path, max(left_s, 0.0), asked.priority, asked.tokens, journey.request_id, journey.trace)
+            self._write(encode(Kind.ASK, number, ask, hop.body))
+            return
         head = (hop.content, hop.accept, left_s if left_s > 0 else 0.0, journey.priority, hop.alone, journey.trace, journey.request_id)
         self._write(encode(Kind.WORK, number, head, hop.body))
 
@@ -95,6 +105,13 @@ class Link(asyncio.Protocol):
         if self.hops.pop(hop.number, None) is not None:
             hop.link = None
             self._write(encode(Kind.CANCEL, hop.number))
+            if hop.speaking is not None:
+                self._ending[hop.number] = hop.speaking
+
+    def hand_over(self, hop: Hop, handle: int) -> None:
+        """Offer the replica a client's socket, so that it writes the rest of an answer itself. `Speaking.ready` is asked when it can."""
+        if self._handover is not None and self._handover.send(hop.number, handle):
+            self._write(encode(Kind.OFFER, hop.number))
 
     def take(self) -> list[Hop]:
         """All requests under way, which are cancelled here in order to be sent elsewhere."""
@@ -142,12 +159,19 @@ class Link(asyncio.Protocol):
         self.local = bool(here and there and here[0] == there[0])
         if self.endpoint.token:
             self._write(encode(Kind.HELLO, head=(self.endpoint.token,)))
+        if self.local and self.endpoint.beside:
+            self._handover = Handover.connect(self.endpoint.beside, self.endpoint.token)
+            if self._handover is not None:
+                self._write(encode(Kind.BESIDE, head=(self._handover.key,)))
         self.ping()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hand everything that was under way back to the owner."""
         self._transport = None
         self._out = []
+        if self._handover is not None:
+            self._handover.close()
+            self._handover = None
         self.ready = self.draining = self.slow = self.hung = self.clogged = False
         self.busy_until = [0.0] * CLASSES
         self.elsewhere = self.unanswered = 0
@@ -155,6 +179,9 @@ class Link(asyncio.Protocol):
         self.hops.clear()
         for hop in hops:
             hop.link = None
+        for speaking in self._ending.values():
+            speaking.ended(None)
+        self._ending.clear()
         if self._closed is not None and not self._closed.done():
             self._closed.set_result(None)
         self._owner.lost(self, hops)
@@ -184,39 +211,71 @@ class Link(asyncio.Protocol):
         self.clogged = False
 
     def _heard(self, frame: Frame) -> None:
-        kind = frame.kind
-        if kind is Kind.DONE:
-            self._heard_done(frame)
-        elif kind is Kind.PONG:
-            self._heard_pong(Stats(**frame.head))
-        elif kind is Kind.DRAIN:
-            self.draining = True
-            self._owner.changed(self)
-        elif kind is Kind.STARTED:
-            if (hop := self.hops.get(frame.number)) is not None:
-                hop.started = True
-        elif kind is Kind.BUSY:
-            (retry_after_s,) = frame.head
-            if (hop := self.hops.pop(frame.number, None)) is not None:
-                hop.link = None
-                self._owner.refused(self, hop, float(retry_after_s))
-        elif kind is Kind.FAIL:
-            status, code, message, details = frame.head
-            if (hop := self.hops.pop(frame.number, None)) is not None:
-                hop.settle(Failure(status, code, message, tuple(details)))
+        take = _TAKES.get(frame.kind)
+        if take is None:
+            raise ValueError(f"a replica does not send {frame.kind.name}")
+        take(self, frame)
+
+    def _heard_drain(self, _: Frame) -> None:
+        self.draining = True
+        self._owner.changed(self)
+
+    def _heard_started(self, frame: Frame) -> None:
+        if (hop := self.hops.get(frame.number)) is not None:
+            hop.started = True
+
+    def _heard_busy(self, frame: Frame) -> None:
+        (retry_after_s,) = frame.head
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.link = None
+            self._owner.refused(self, hop, float(retry_after_s))
         else:
-            raise ValueError(f"a replica does not send {kind.name}")
+            self._parted(frame.number, Said(0))  # it was never begun
+
+    def _heard_fail(self, frame: Frame) -> None:
+        status, code, message, details = frame.head
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.settle(Failure(status, code, message, tuple(details)))
+        else:
+            self._parted(frame.number, None)
+
+    def _heard_part(self, frame: Frame) -> None:
+        if (hop := self.hops.get(frame.number)) is not None and hop.speaking is not None:
+            prompt_tokens, cached_tokens, completion_tokens = frame.head
+            hop.speaking.part(prompt_tokens, cached_tokens, completion_tokens, frame.body)
+
+    def _heard_ready(self, frame: Frame) -> None:
+        hop = self.hops.get(frame.number)
+        if hop is not None and hop.speaking is not None:
+            self._write(encode(Kind.GO, frame.number, (hop.speaking.ready(),)))
+
+    def _heard_said(self, frame: Frame) -> None:
+        said = Said(*frame.head)
+        if (hop := self.hops.pop(frame.number, None)) is not None:
+            hop.settle((said, frame.body))
+            self._eased()
+            self._owner.answered(self, said)
+        else:
+            self._parted(frame.number, said)
+
+    def _parted(self, number: int, said: Said | None) -> None:
+        """A request that was cancelled has come to this."""
+        if (speaking := self._ending.pop(number, None)) is not None:
+            speaking.ended(said)
 
     def _heard_done(self, frame: Frame) -> None:
         done = Done(*frame.head)
         if (hop := self.hops.pop(frame.number, None)) is not None:
             hop.settle((done, frame.body))
-        if self.busy_until[-1] and len(self.hops) * 2 <= self._busy_hops:
-            self.busy_until = [0.0] * CLASSES  # half of what kept it busy is done
+        self._eased()
         self._owner.answered(self, done)
 
-    def _heard_pong(self, stats: Stats) -> None:
-        self.stats = stats
+    def _eased(self) -> None:
+        if self.busy_until[-1] and len(self.hops) * 2 <= self._busy_hops:
+            self.busy_until = [0.0] * CLASSES  # half of what kept it busy is done
+
+    def _heard_pong(self, frame: Frame) -> None:
+        self.stats = stats = Stats(**frame.head)
         self.elsewhere = max(0, stats.in_flight - len(self.hops))
         if not self.ready or stats.draining != self.draining:
             self.ready = True
@@ -250,3 +309,16 @@ class Link(asyncio.Protocol):
                     pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+_TAKES: dict[Kind, Callable[[Link, Frame], None]] = {
+    Kind.DONE: Link._heard_done,  # noqa: SLF001 - of this module
+    Kind.PART: Link._heard_part,  # noqa: SLF001
+    Kind.READY: Link._heard_ready,  # noqa: SLF001
+    Kind.SAID: Link._heard_said,  # noqa: SLF001
+    Kind.PONG: Link._heard_pong,  # noqa: SLF001
+    Kind.DRAIN: Link._heard_drain,  # noqa: SLF001
+    Kind.STARTED: Link._heard_started,  # noqa: SLF001
+    Kind.BUSY: Link._heard_busy,  # noqa: SLF001
+    Kind.FAIL: Link._heard_fail,  # noqa: SLF001
+}

@@ -12,9 +12,10 @@ from headrace.serving.door.journey import GONE, Hop
 from headrace.serving.door.link import LEAST_BUSY_S, MOST_BUSY_S, Link
 from headrace.serving.door.retries import UNSAID_DEATHS, Retries
 from headrace.serving.routes import Endpoint
-from headrace.serving.wire import Done, Failure
+from headrace.serving.wire import Done, Failure, Said
 
 MOST_WAITING = 1_000  # that no replica has taken yet; those whose replica died wait beside them
+MOST_ASKED = 3  # replicas lost with the same request for a language model on board
 PROBE_S = 0.010  # while all replicas are busy, one request goes to them this often
 MOST_REFUSALS = 4  # of one request in a row
 MOST_UNANSWERED = 6  # PINGs
@@ -26,6 +27,7 @@ MEMORY_S = 300.0  # of how long calls take
 NO_ROOM = Failure(429, "overloaded", "all replicas have as many requests as they can answer in time; try again later")
 CROWDED = Failure(503, "unavailable", "there is no replica yet, and as many requests as may wait for one do so")
 MIRROR_LEFT = Failure(503, "unavailable", "there was no room for a mirrored request")
+BROKEN_OFF = Failure(503, "unavailable", "the replica was lost while it answered; what was sent of the answer is all there is of it")
 NO_BUDGET = Failure(503, "unavailable", "the replica was lost while it computed the request, and too many requests have been tried again lately")
 
 
@@ -158,10 +160,11 @@ class Pool:
         self._settle_usable()
         self.pump()
 
-    def answered(self, link: Link, done: Done) -> None:
+    def answered(self, link: Link, done: Done | Said) -> None:
         """A replica has computed a request: it may have room for another."""
-        self._longest_s[0] = max(self._longest_s[0], done.compute_s)
-        self._answered(self, done)
+        if isinstance(done, Done):
+            self._longest_s[0] = max(self._longest_s[0], done.compute_s)
+            self._answered(self, done)
         if self._waiting:
             self.pump()
 
@@ -202,7 +205,7 @@ class Pool:
         for hop in hops:
             if hop.future.done() or hop.drop():
                 continue
-            hop.deaths += hop.started or not hop.alone
+            hop.deaths += hop.started or not hop.alone or hop.speaking is not None
             verdict = self._retries.verdict(hop, words if hop.alone and hop.started else None)
             if verdict is not None:
                 hop.settle(verdict)
@@ -255,6 +258,8 @@ class Pool:
 
     def _double(self, link: Link, hop: Hop) -> None:
         """Have another replica compute the request as well; what is done first is the answer."""
+        if hop.speaking is not None:  # an engine that hangs is found out by its replica
+            return
         if hop.twin is not None or hop.alone or hop.hangs or hop.journey.shadow or not self._retries.spend(hop, "slow", version=self.version):
             return
         # Alone: of those that hang together one may be to blame, and would take the others with it again.
@@ -282,6 +287,8 @@ class Pool:
         journey = hop.journey
         if journey.shadow:
             hop.settle(MIRROR_LEFT)
+        elif hop.speaking is not None and (hop.speaking.begun or hop.deaths + hop.hangs >= MOST_ASKED):
+            hop.settle(BROKEN_OFF)
         elif self._retries.spend(hop, why, version=self.version):
             journey.patient = True
             journey.retries += 1

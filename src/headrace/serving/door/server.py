@@ -74,7 +74,7 @@ class DoorServer:
         async def called() -> T:
             return function(*arguments)
 
-        return self._on_loop(called())
+        return self.run(called())
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Take no more connections, finish what is under way, for so long at most, and end."""
@@ -110,7 +110,12 @@ class DoorServer:
         elif self._loop is not None:
             self._loop.call_later(0.005, self._note_started, server)
 
-    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine returns that runs on the door's loop.
+
+        Raises:
+            ServingError: the door is closed.
+        """
         loop, thread = self._loop, self._thread
         if loop is None or loop.is_closed():
             work.close()

@@ -7,14 +7,18 @@ import asyncio
 import dataclasses
 import fcntl
 import hmac
+import os
 import socket
 import termios
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
-from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Stats, encode
+from headrace.serving.replica.outlets import Channel
+from headrace.serving.replica.talks import Talk
+from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Question, Said, Stats, encode
 
 _HIGH_BYTES = 4 << 20  # of answers that a door has not taken: from there on nothing more is read from it
 _DEAF_S = 30.0  # a door that takes no answers for so long is cut off
@@ -31,6 +35,12 @@ class Owner(Protocol):
 
     def take(self, job: Job, body: memoryview, content: Content) -> None:
         """A request came. It ends with `Connection.answer`."""
+
+    def ask(self, connection: Connection, number: int, question: Question, body: bytes, left_s: float, request_id: str) -> None:
+        """A request of OpenAI's interface came. It ends with `Connection.said`, or `Connection.refuse`."""
+
+    def channel(self, key: str) -> Channel | None:
+        """The Unix socket of the door that has told this key."""
 
     def taken(self) -> None:
         """All requests that came at once were given to `take`."""
@@ -56,6 +66,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, owner: Owner) -> None:
         self.jobs: dict[int, Job] = {}
+        self.talks: dict[int, Talk] = {}
+        self.channel: Channel | None = None
         self.open = False
         self._owner = owner
         self._decoder = Decoder()
@@ -84,6 +96,11 @@ class Connection(asyncio.Protocol):
         jobs = list(self.jobs.values())
         self.jobs.clear()
         self._owner.cancel(jobs)
+        for talk in list(self.talks.values()):
+            talk.cancel()
+        self.talks.clear()
+        if self.channel is not None:
+            self.channel.close()
         self._owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
@@ -143,6 +160,19 @@ class Connection(asyncio.Protocol):
             self.send(Kind.DONE, job.number, (job.rows, job.queue_s, job.wait_s, job.compute_s, job.batch_rows), answer)
         return True
 
+    def said(self, number: int, said: Said, body: bytes = b"") -> None:
+        """Send the answer to a request of OpenAI's interface, or the end of one that was streamed, with the next `flush`."""
+        self.talks.pop(number, None)
+        self.send(Kind.SAID, number, dataclasses.astuple(said), body)
+
+    def refuse(self, number: int, why: Failure | Busy) -> None:
+        """Send that a request of OpenAI's interface has no answer."""
+        self.talks.pop(number, None)
+        if isinstance(why, Failure):
+            self.send(Kind.FAIL, number, dataclasses.astuple(why))
+        else:
+            self.send(Kind.BUSY, number, (why.retry_after_s,))
+
     def start(self, job: Job, told: threading.Event, until_s: float | None = None) -> None:
         """Say that a computation begins, and set the event as soon as the door's machine has it, whatever becomes of this process."""
         now_s = time.perf_counter()
@@ -178,20 +208,64 @@ class Connection(asyncio.Protocol):
             self._unknown.cancel()
             self._known = True
             self._owner.opened(self)
-        elif frame.kind is Kind.WORK:
-            content, accept, left_s, priority, alone, _, _ = frame.head
-            if frame.number in self.jobs:
-                raise ValueError(f"two requests of the number {frame.number}")
-            now_s = time.perf_counter()
-            job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
-            if left_s is not None:
-                job.deadline_s = now_s + float(left_s)
-            self.jobs[frame.number] = job
-            self._owner.take(job, frame.body, Content(content))
-        elif frame.kind is Kind.CANCEL:
-            if frame.number in self.jobs:
-                self._owner.cancel([self.jobs.pop(frame.number)])
-        elif frame.kind is Kind.PING:
-            self._pinged = True
-        else:
+        elif (take := _TAKES.get(frame.kind)) is None:
             raise ValueError(f"a door does not send {frame.kind.name}")
+        else:
+            take(self, frame)
+
+    def _hear_work(self, frame: Frame) -> None:
+        content, accept, left_s, priority, alone, _, _ = frame.head
+        self._check_number(frame.number)
+        now_s = time.perf_counter()
+        job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
+        if left_s is not None:
+            job.deadline_s = now_s + float(left_s)
+        self.jobs[frame.number] = job
+        self._owner.take(job, frame.body, Content(content))
+
+    def _hear_ask(self, frame: Frame) -> None:
+        path, left_s, priority, tokens, request_id, _ = frame.head
+        self._check_number(frame.number)
+        question = Question(str(path), min(max(int(priority), 0), LEAST_PRIORITY), int(tokens))
+        self._owner.ask(self, frame.number, question, bytes(frame.body), float(left_s), str(request_id))
+
+    def _hear_cancel(self, frame: Frame) -> None:
+        if frame.number in self.jobs:
+            self._owner.cancel([self.jobs.pop(frame.number)])
+        elif (talk := self.talks.get(frame.number)) is not None:
+            talk.cancel()
+
+    def _hear_ping(self, _: Frame) -> None:
+        self._pinged = True
+
+    def _hear_beside(self, frame: Frame) -> None:
+        (key,) = frame.head
+        self.channel = self._owner.channel(str(key))
+
+    def _hear_offer(self, frame: Frame) -> None:
+        handle = None if self.channel is None else self.channel.take(frame.number)
+        talk = self.talks.get(frame.number)
+        if talk is not None and handle is not None:
+            talk.offered(handle)
+        elif handle is not None:
+            os.close(handle)
+
+    def _hear_go(self, frame: Frame) -> None:
+        (alone,) = frame.head
+        if (talk := self.talks.get(frame.number)) is not None:
+            talk.go(alone=bool(alone))
+
+    def _check_number(self, number: int) -> None:
+        if number in self.jobs or number in self.talks:
+            raise ValueError(f"two requests of the number {number}")
+
+
+_TAKES: dict[Kind, Callable[[Connection, Frame], None]] = {
+    Kind.WORK: Connection._hear_work,  # noqa: SLF001 - of this module
+    Kind.ASK: Connection._hear_ask,  # noqa: SLF001
+    Kind.CANCEL: Connection._hear_cancel,  # noqa: SLF001
+    Kind.PING: Connection._hear_ping,  # noqa: SLF001
+    Kind.BESIDE: Connection._hear_beside,  # noqa: SLF001
+    Kind.OFFER: Connection._hear_offer,  # noqa: SLF001
+    Kind.GO: Connection._hear_go,  # noqa: SLF001
+}

@@ -41,6 +41,11 @@ def contain(worker: Worker) -> None:
     worker.stages = [dataclasses.replace(stage, call=Contained(stage.call)) for stage in worker.stages]
 
 
+def contained(worker: Worker) -> list[Callable[..., Any]]:
+    """The code of its stages, as it was before: the user's own objects, set up."""
+    return [stage.call.call for stage in worker.stages if isinstance(stage.call, Contained)]
+
+
 def run(worker: Worker, data: pa.Table) -> tuple[pa.Table, dict[int, Fault]]:
     """`data` with the columns of all the worker's stages, and why rows failed, by row; the columns of those mean nothing."""
     rows, short_of_memory = data.num_rows, False

@@ -24,12 +24,16 @@ from headrace.serving.bodies.codec import Codec, Incoming, Refused, sample
 from headrace.serving.replica.floor import Floor
 from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.replica.lean import contained
+from headrace.serving.replica.outlets import Anteroom, Channel
 from headrace.serving.replica.station import Stations
+from headrace.serving.replica.talks import Talks, speaker_of
 from headrace.serving.routes import Limits
-from headrace.serving.wire import Content, Failure, Kind, Stats
+from headrace.serving.wire import Content, Failure, Kind, Question, Stats
 from headrace.stage import Stage
 
 UNREADABLE = Failure(500, "internal", "the body could not be read, which is a mistake in the service; its log says why")
+UNSPOKEN = Failure(404, "not_found", "no stage of this pipeline speaks OpenAI's interface")
 _LIMITS = Limits()
 _LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
 _PONG_S = 1.0
@@ -80,6 +84,9 @@ class ReplicaServer:
         self._draining = False
         self._turns_s = sys.getswitchinterval()
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
+        speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
+        self._talks = None if speaker is None else Talks(speaker)
+        self._anteroom = None if speaker is None else Anteroom(token)
 
     def warm_up(self, row: Mapping[str, Any] | None = None) -> None:
         """Take a row, a made-up one if None, through all stations, from the form of a request to that of an answer.
@@ -111,23 +118,32 @@ class ReplicaServer:
             OSError: the address cannot be had.
         """
         ready: Future[tuple[str, int]] = Future()
-        self._thread = threading.Thread(target=self._run, args=(host, port, ready), name="headrace-loop", daemon=True)
-        self._thread.start()
+        if self._talks is not None:  # its loop is that of the sockets, too: nothing is handed from thread to thread
+            asyncio.run_coroutine_threadsafe(self._listen(host, port, ready), self._talks.speaker.loop)
+        else:
+            self._thread = threading.Thread(target=self._run, args=(host, port, ready), name="headrace-loop", daemon=True)
+            self._thread.start()
         address = ready.result()
         self._turns_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
         return address
 
     @property
+    def beside(self) -> str:
+        """The name of the Unix socket for `Endpoint.beside`."""
+        return "" if self._anteroom is None else self._anteroom.name
+
+    @property
     def alive(self) -> bool:
         """Whether the thread of the sockets runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._talks.speaker.alive if self._talks is not None else self._thread is not None and self._thread.is_alive()
 
     def stats(self) -> Stats:
         """What the replica is doing. May be called from any thread."""
         floor = self._floor
-        in_flight = sum(len(connection.jobs) for connection in list(self._connections))
-        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), floor.rows, floor.calls, floor.filled, _memory_bytes(), self._draining)
+        in_flight = sum(len(connection.jobs) + len(connection.talks) for connection in list(self._connections))
+        engine = None if self._talks is None else self._talks.figures()
+        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), floor.rows, floor.calls, floor.filled, _memory_bytes(), self._draining, engine)
 
     def drain(self, timeout_s: float) -> bool:
         """Take nothing more, tell the doors, and finish what was taken; false if that took too long. May be called from any thread."""
@@ -140,12 +156,14 @@ class ReplicaServer:
 
     def close(self) -> None:
         """Close the port and the connections, and end the threads. What is under way is lost: `drain` first."""
-        if self._loop is not None and self._thread is not None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(5)
+                self._ended.wait(5)
             sys.setswitchinterval(self._turns_s)
         self._stations.close()
+        if self._anteroom is not None:
+            self._anteroom.close()
         if self._parser is not None:
             self._parser.shutdown(wait=False)
 
@@ -187,6 +205,19 @@ class ReplicaServer:
             if self._parser is None:
                 self._parser = ThreadPoolExecutor(1, thread_name_prefix="headrace-parser")
             self._parser.submit(self._parse_aside, job, body, content, full_s)
+
+    def ask(self, connection: Connection, number: int, question: Question, body: bytes, left_s: float, request_id: str) -> None:
+        """A request of OpenAI's interface came."""
+        if self._draining:
+            connection.refuse(number, Busy(_RETRY_S))
+        elif self._talks is None:
+            connection.refuse(number, UNSPOKEN)
+        else:
+            self._talks.take(connection, number, question, body, left_s=left_s, request_id=request_id)
+
+    def channel(self, key: str) -> Channel | None:
+        """The Unix socket of the door that has told this key."""
+        return None if self._anteroom is None else self._anteroom.channel(key)
 
     def taken(self) -> None:
         """All that came at once was given to `take`."""
@@ -312,7 +343,7 @@ class ReplicaServer:
             for connection in self._connections:
                 connection.send(Kind.DRAIN, 0, ())
                 connection.flush()
-        if any(connection.jobs or not connection.written() for connection in self._connections):
+        if any(connection.jobs or connection.talks or not connection.written() for connection in self._connections):
             asyncio.get_running_loop().call_later(_IDLE_S, self._drain, idle)
         else:
             idle.set()
@@ -329,7 +360,7 @@ class ReplicaServer:
 
     async def _listen(self, host: str, port: int, ready: Future[tuple[str, int]]) -> None:
         loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+        self._stop, self._ended = asyncio.Event(), threading.Event()
         try:
             server = await loop.create_server(lambda: Connection(self), host, port, backlog=1024)
         except OSError as error:
@@ -352,6 +383,7 @@ class ReplicaServer:
             await asyncio.sleep(0.002)
         for connection in list(self._connections):
             connection.transport.abort()
+        self._ended.set()
 
 
 def _memory_bytes() -> int:

@@ -19,7 +19,7 @@ MOST_WAITING = 20_000
 
 _EVERY_S = 0.1
 _AT_ONCE = 1_000  # lines to a write
-_LONGEST = {"path": 1024}  # characters
+_LONGEST = {"path": 1024, "asked": 65_536}  # characters
 _LONG = 256
 
 
@@ -34,8 +34,9 @@ class Stream(Protocol):
 
 
 class Entry(TypedDict, total=False):
-    """What may be said of a request; it is written in the order in which it is said. There is no place for bodies, keys or other headers.
+    """What may be said of a request; it is written in the order in which it is said. There is no place for keys or other headers.
 
+    `asked`, the body of a request for a language model, is only said of a key whose owner has agreed.
     `key` is the name of the API key, `error` the code of the error answered, `trace_id` that of the trace that the request belongs to.
     """
 
@@ -53,6 +54,12 @@ class Entry(TypedDict, total=False):
     replica: str | None
     attempts: int
     trace_id: str | None
+    model: str | None
+    first_ms: float | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    asked: str | None
 
 
 _FIELDS = frozenset(Entry.__annotations__)

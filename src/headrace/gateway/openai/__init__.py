@@ -1,0 +1,1 @@
+"""OpenAI's interface at a door: models, chat, completions, embeddings, files and batches."""

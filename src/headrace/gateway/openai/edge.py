@@ -1,0 +1,249 @@
+"""OpenAI's interface of a door: who asks, for which model, within which limits, and what is answered, counted and logged."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import orjson
+
+from headrace.gateway.openai import asked as asking
+from headrace.gateway.openai import refusals
+from headrace.gateway.openai.asked import Asked
+from headrace.gateway.openai.models import Models, length_of, speech
+from headrace.gateway.openai.refusals import Refused
+from headrace.gateway.openai.talk import Talk
+from headrace.gateway.openai.tills import Declined
+from headrace.serving.door import heads
+from headrace.serving.door.exchange import CLOSE
+from headrace.serving.door.journey import EXPIRED, Journey
+from headrace.serving.wire import Content, Failure, Question, Said
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
+
+if TYPE_CHECKING:
+    from contextlib import AsyncExitStack
+
+    from headrace.gateway.openai.files import Files
+    from headrace.gateway.openai.tills import Till
+    from headrace.serving.door.app import Door
+    from headrace.serving.door.callers import Caller
+    from headrace.serving.door.exchange import Exchange
+    from headrace.serving.door.fleet import Version
+
+_JSON = (b"content-type", heads.JSON_TYPE)
+_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
+_CLOSING = Failure(503, "unavailable", "the service shuts down")
+_NO_BATCHES = Failure(404, "not_found", "this service keeps no files and runs no batches: it was started without a folder for them")
+
+
+@dataclass(slots=True)
+class Case:
+    """A request for an answer of a model: who asks, what, of which version; and what became of it."""
+
+    exchange: Exchange
+    path: str
+    caller: Caller
+    priority: int
+    asked: Asked | None = None
+    version: Version | None = None
+    talk: Talk | None = None
+    journey: Journey | None = None
+    failure: Failure | None = None
+    body: bytes = b""
+
+
+class Edge:
+    """Answers all paths below `/v1/`. `till` keeps limits and accounts, if there are any; `files` are files and batches, if they are kept."""
+
+    def __init__(self, door: Door, *, till: Till | None = None, files: Files | None = None, during: AsyncExitStack | None = None) -> None:
+        self.door = door
+        self._during = during
+        self.models = Models(door.fleet)
+        self.till = till
+        self.files = files
+
+    async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller | Failure) -> None:
+        """Answer a request; `caller` is who asks, or why that is nobody."""
+        try:
+            if isinstance(caller, Failure):
+                await self._refuse(exchange, caller)
+            elif path in _PATHS:
+                await self._ask(exchange, method, path, caller)
+            elif path == "/v1/models" or path.startswith("/v1/models/"):
+                await self._show_models(exchange, method, path, caller)
+            elif path.startswith(("/v1/files", "/v1/batches")):
+                if self.files is None:
+                    await self._refuse(exchange, _NO_BATCHES)
+                else:
+                    await self.files.answer(exchange, method, path, caller)
+            else:
+                raise Refused(f"there is nothing at {method[:20]} {path[:200]}", status=404, code="not_found")
+        except Refused as refused:
+            await self._refuse(exchange, refused.failure)
+        except heads.HeadError as error:
+            await self._refuse(exchange, error.failure)
+
+    async def close(self) -> None:
+        """Write down what is still to be written, and close what was opened for this."""
+        if self._during is not None:
+            await self._during.aclose()
+
+    async def _show_models(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
+        if method not in ("GET", "HEAD"):
+            raise Refused(f"{method[:20]} is not allowed here", status=405, code="method_not_allowed")
+        name = unquote(path.removeprefix("/v1/models").lstrip("/"))
+        allowed = caller.models
+        if name and allowed is not None and name not in allowed:
+            raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
+        await exchange.reply(200, orjson.dumps(self.models.shown(name) if name else self.models.listed(allowed)), _JSON)
+
+    async def _ask(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
+        if method != "POST":
+            raise Refused(f"{method[:20]} is not allowed here; POST a JSON object", status=405, code="method_not_allowed")
+        head = heads.read(exchange.found)
+        if head.content is not Content.JSON:
+            raise Refused("the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type")
+        limits = self.door.limits
+        left_s = limits.deadline_s if head.timeout_s is None else min(limits.deadline_s, head.timeout_s)
+        deadline = exchange.began + left_s
+        case = Case(exchange, path, caller, max(caller.priority, head.priority if b"x-priority" in exchange.found else 0))
+        body = await exchange.body(length=head.length, most_bytes=limits.body_bytes, until=exchange.began + limits.body_s, expires=deadline)
+        try:
+            if self.door.closing:
+                case.failure = _CLOSING
+            elif isinstance(body, Failure):
+                case.failure = body
+            elif left_s <= 0:
+                case.failure = EXPIRED
+            else:
+                await self._converse(case, body, head, deadline)
+        except Refused as refused:
+            case.failure = refused.failure
+        if case.failure is not None and not (case.talk is not None and case.talk.begun):
+            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if case.failure.status in (429, 503) else ()
+            await self._refuse(exchange, case.failure, *more)
+        self._note(case)
+
+    async def _converse(self, case: Case, body: bytes, head: heads.Head, deadline: float) -> None:
+        """Ask a replica, and pass its answer on."""
+        found = asking.parse(body)
+        name = asking.model_of(found)
+        case.version = version = self.models.choose(name, case.path, head.version)
+        length = length_of(version)
+        case.asked = asked = asking.read(case.path, body, found, length=length)
+        case.body = body
+        answered = asked.completion_tokens if asked.completion_tokens is not None else length
+        question = Question(case.path, case.priority, asked.prompt_tokens + (0 if case.path == EMBEDDINGS else answered))
+        if self.till is None or case.caller.account is None:
+            await self._carry(case, question, head, deadline)
+            return
+        model = name if case.caller.models is not None and name in case.caller.models else speech(version)["model"]
+        completion = 0 if case.path == EMBEDDINGS else answered
+        admitted = await self.till.admit(case.caller, model, prompt_tokens=asked.most_prompt_tokens, completion_tokens=completion)
+        if isinstance(admitted, Declined) and admitted.tight and (exact := await self._count(case, head, deadline)) is not None:
+            admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
+        case.exchange.also(admitted.headers)
+        if isinstance(admitted, Declined):
+            case.failure = admitted.failure
+            return
+        try:
+            await self._carry(case, question, head, deadline)
+        finally:
+            status = case.failure.status if case.failure is not None else case.exchange.status
+            self.till.settle(admitted, case.talk, status=status, took_s=time.monotonic() - case.exchange.began)
+
+    async def _count(self, case: Case, head: heads.Head, deadline: float) -> int | None:
+        """How many tokens the prompt has exactly, as a replica counts it; None where it cannot be asked."""
+        assert case.version is not None
+        counting = Talk(Question(TOKENIZE, 0, 0), case.exchange)
+        journey = self._journey(case, head, deadline)
+        outcome = await journey.ask(case.version.pools[-1], case.body, counting)
+        if isinstance(outcome, Failure) or outcome[0].status != 200:
+            return None
+        return int(orjson.loads(outcome[1])["count"])
+
+    def _journey(self, case: Case, head: heads.Head, deadline: float) -> Journey:
+        """A request on its way, with its span where traces are on."""
+        traces, request_id = self.door.traces, case.exchange.request_id
+        prefix = None if case.asked is None else case.asked.prefix
+        if traces is None:
+            return Journey(deadline, case.priority, head.trace, request_id=request_id, prefix=prefix)
+        span = traces.begin(head.trace, f"POST {case.path}", attributes={"http.request.method": "POST", "http.route": case.path})
+        return Journey(deadline, case.priority, span.traceparent, span, request_id, prefix)
+
+    async def _carry(self, case: Case, question: Question, head: heads.Head, deadline: float) -> None:
+        version, exchange = case.version, case.exchange
+        assert version is not None
+        case.journey = journey = self._journey(case, head, deadline)
+        talk = case.talk = Talk(question, exchange)
+        version.report.in_flight += 1
+        number = (b"x-headrace-version", b"%d" % version.number)
+        try:
+            outcome = await talk.run(journey, version.pools[-1], case.body, number)
+        finally:
+            version.report.in_flight -= 1
+        if isinstance(outcome, Failure):
+            case.failure = outcome
+        elif not talk.begun:
+            said, answer = outcome
+            if said.status == EXPIRED.status and not answer:
+                case.failure = EXPIRED
+            else:
+                await exchange.reply(said.status, answer, _JSON, number, _timing(said))
+
+    async def _refuse(self, exchange: Exchange, failure: Failure, *more: tuple[bytes, bytes]) -> None:
+        """Answer with an error, in OpenAI's form."""
+        close = (CLOSE,) if exchange.unread or failure.status == 408 else ()
+        if failure.status == 499:
+            exchange.status = failure.status
+        else:
+            await exchange.reply(failure.status, refusals.error(failure), _JSON, *more, *close)
+
+    def _note(self, case: Case) -> None:
+        """Count a request that was answered, write the line of the log, and end the span."""
+        door, exchange, version, talk = self.door, case.exchange, case.version, case.talk
+        status, number = exchange.status, version.number if version is not None else 0
+        error = case.failure.code if case.failure is not None else None
+        if talk is not None and talk.begun and case.failure is not None:
+            status = case.failure.status  # what the client was told in the stream
+        took_s = door.now() - exchange.began
+        if version is not None:
+            version.count(status, took_s)
+        if status < 300:
+            door.retries.earn()
+        elif status in (429, 503):
+            door.metrics.shed("overloaded" if status == 429 else "unavailable")
+        elif status == 504:
+            door.metrics.expired()
+        door.metrics.answered(number, status, took_s, key=case.caller.name)
+        journey, said = case.journey, talk.said if talk is not None else None
+        span = journey.span if journey is not None else None
+        if span is not None:
+            span.end(status, error, version=number or None)
+        if door.log is not None:
+            door.log.request(
+                request_id=exchange.request_id,
+                method="POST",
+                path=case.path,
+                status=status,
+                error=error,
+                took_ms=took_s * 1e3,
+                first_ms=talk.first_s * 1e3 if talk is not None and talk.first_s is not None else None,
+                version=number or None,
+                model=case.asked.model if case.asked is not None else None,
+                prompt_tokens=said.prompt_tokens if said is not None else None,
+                cached_tokens=said.cached_tokens if said is not None else None,
+                completion_tokens=said.completion_tokens if said is not None else None,
+                bytes_in=exchange.bytes_in,
+                bytes_out=exchange.bytes_out,
+                key=case.caller.name,
+                attempts=1 + (journey.retries if journey is not None else 0),
+                trace_id=span.trace_id if span is not None else None,
+                asked=case.body.decode("utf-8", "replace") if case.caller.logged else None,
+            )
+
+
+def _timing(said: Said) -> tuple[bytes, bytes]:
+    return b"server-timing", b"queue;dur=%.2f, first;dur=%.2f, engine;dur=%.2f" % (said.queue_s * 1e3, said.first_s * 1e3, said.took_s * 1e3)

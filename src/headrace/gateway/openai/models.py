@@ -1,0 +1,94 @@
+"""The models of a door: which versions answer under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from headrace.gateway.openai.refusals import Refused
+from headrace.serving.door.fleet import Mix, Version
+
+if TYPE_CHECKING:
+    from headrace.serving.door.fleet import Fleet
+
+
+class Models:
+    """The models that a fleet's versions speak for.
+
+    A model answers to its own name, and its pipeline's name is an alias for whatever model the service's versions have: during a canary, of
+    the old one and the new one by their shares.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._revision: int | None = None
+        self._mixes: dict[str, Mix] = {}
+
+    def mixes(self) -> dict[str, Mix]:
+        """The versions by name, aliases last."""
+        routes = self._fleet.routes
+        revision = None if routes is None else routes.revision
+        if revision != self._revision:
+            self._revision = revision
+            self._mixes = self._found()
+        return self._mixes
+
+    def choose(self, name: str, path: str, number: int | None) -> Version:
+        """The version that answers, which may be asked for by its number.
+
+        Raises:
+            Refused: there is no such model or version, or it does not answer this path.
+        """
+        mix = self.mixes().get(name)
+        if mix is None:
+            names = ", ".join(map(repr, self.mixes())) or "none yet"
+            raise Refused(f"the model {name[:100]!r} does not exist; there are {names}", "model", status=404, code="model_not_found")
+        version = mix.versions.get(number) if number is not None else mix.choose()
+        if version is None:
+            what = "no version of it answers requests at the moment" if number is None else f"version {number} is not served"
+            raise Refused(f"the model {name!r}: {what}", "model", status=503 if number is None else 404, code="unavailable")
+        paths = speech(version)["paths"]
+        if path not in paths:
+            raise Refused(f"the model {name!r} does not answer {path}, but {' and '.join(paths)}", "model", status=404, code="unsupported_path")
+        return version
+
+    def listed(self, allowed: Iterable[str] | None = None) -> dict[str, Any]:
+        """All that answer, or those of them that are allowed, as OpenAI lists models."""
+        only = None if allowed is None else set(allowed)
+        names = [name for name, mix in self.mixes().items() if mix.weighted and (only is None or name in only)]
+        return {"object": "list", "data": [self.shown(name) for name in names]}
+
+    def shown(self, name: str) -> dict[str, Any]:
+        """One of them.
+
+        Raises:
+            Refused: there is none of that name.
+        """
+        if (mix := self.mixes().get(name)) is None:
+            raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
+        roots = sorted({speech(version)["model"] for version in mix.versions.values()})
+        length = max((length_of(version) for version in mix.versions.values()), default=0)
+        more = {"max_model_len": length} if length else {}
+        return {"id": name, "object": "model", "created": 0, "owned_by": self._fleet.routes.service if self._fleet.routes else "", "root": roots[-1], **more}
+
+    def _found(self) -> dict[str, Mix]:
+        speaking = [version for version in self._fleet.versions.values() if speech(version)]
+        names = dict.fromkeys([speech(version)["model"] for version in speaking] + [version.pipeline for version in speaking])
+        return {name: Mix([version for version in speaking if name in (speech(version)["model"], version.pipeline)]) for name in names}
+
+
+def speech(version: Version) -> dict[str, Any]:
+    """What a version's contract says of the model that it speaks for; nothing if it does not."""
+    found: dict[str, Any] = version.route.contract.get("speech") or {}
+    return found
+
+
+def length_of(version: Version) -> int:
+    """How many tokens its model takes; 0 while no replica has told."""
+    return int(engine_figure(version, "length"))
+
+
+def engine_figure(version: Version, name: str) -> float:
+    """The highest value that a replica of its last group has told of its engine."""
+    told = [link.stats.engine for link in version.pools[-1].links.values() if link.stats is not None] if version.pools else []
+    return max((figures.get(name, 0.0) for figures in told if figures), default=0.0)

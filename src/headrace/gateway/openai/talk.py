@@ -1,0 +1,145 @@
+"""One request of OpenAI's interface on its way through a door: to a replica, and piece by piece back."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from headrace.gateway.openai import refusals
+from headrace.serving.door.journey import GONE
+from headrace.serving.wire import Failure, Question, Said
+
+if TYPE_CHECKING:
+    from headrace.serving.door.exchange import Exchange
+    from headrace.serving.door.journey import Journey, Place
+
+_EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+_UNCACHED = (b"cache-control", b"no-cache")
+_OFFERED = (2, 32, 256)
+"""After so many pieces the replica is offered to go on by itself: short answers are not worth it, and a client may have been slow before."""
+_LAST = b"data: [DONE]\n\n"
+
+
+class Talk:
+    """A request, and what has come of it so far.
+
+    `begun` says whether a piece of a streamed answer has come. `first_s` and `gaps_s` are times as a client sees them, from the request's first
+    byte to the first piece, and between pieces. `said` is what the replica told at the end, of a request that was given up, too, if anything.
+    """
+
+    __slots__ = (
+        "_began_s",
+        "_direct",
+        "_exchange",
+        "_journey",
+        "_last_s",
+        "_pieces",
+        "_started",
+        "_streams",
+        "_waiting",
+        "begun",
+        "first_s",
+        "gaps_s",
+        "parting",
+        "question",
+        "said",
+    )
+
+    def __init__(self, question: Question, exchange: Exchange) -> None:
+        self.question = question
+        self.begun = False
+        self.first_s: float | None = None
+        self.gaps_s: list[float] = []
+        self.said: Said | None = None
+        self.parting: asyncio.Future[Said | None] = asyncio.get_running_loop().create_future()
+        self._exchange = exchange
+        self._began_s = exchange.began
+        self._last_s = 0.0
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting: list[bytes] = []
+        self._streams = self._direct = False
+        self._pieces = 0
+        self._journey: Journey | None = None
+
+    # For the link
+
+    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
+        """A piece came."""
+        now_s = time.monotonic()
+        if self.begun:
+            self.gaps_s.append(now_s - self._last_s)
+        else:
+            self.begun = True
+            self.first_s = now_s - self._began_s
+            if not self._started.done():
+                self._started.set_result(None)
+        self._last_s = now_s
+        self.said = Said(0, prompt_tokens, cached_tokens, completion_tokens)
+        if self._streams:
+            self._exchange.pass_on(text)
+            self._pieces += 1
+            if self._pieces in _OFFERED:
+                self._offer()
+        else:
+            self._waiting.append(bytes(text))
+
+    def ready(self) -> bool:
+        """The replica could write the rest itself."""
+        self._direct = self._streams and self._exchange.written
+        return self._direct
+
+    def ended(self, said: Said | None) -> None:
+        """It was given up, and has come to this."""
+        if not self.parting.done():
+            self.parting.set_result(said)
+
+    # For the edge
+
+    async def run(self, journey: Journey, place: Place, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
+        """Ask, and stream what comes in pieces; the outcome, and for an answer that is not streamed its body, which is still to be sent."""
+        self._exchange.stop_with_client(journey)
+        self._journey = journey
+        asking = asyncio.ensure_future(journey.ask(place, body, self))
+        try:
+            await asyncio.wait((asking, self._started), return_when=asyncio.FIRST_COMPLETED)
+            if self.begun:
+                await self._exchange.begin(_EVENTS, _UNCACHED, *headers)
+                self._streams = True
+                if self._waiting:
+                    self._exchange.pass_on(b"".join(self._waiting))
+            outcome = await asking
+        finally:
+            asking.cancel()
+            self._exchange.watch(None)
+        if isinstance(outcome, Failure):
+            await self._break_off(outcome)
+        else:
+            self.said = outcome[0]
+            self.gaps_s += array.array("f", self.said.gaps)
+            if self.begun:
+                if self.said.status != 200:
+                    await self._break_off(Failure(self.said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))
+                else:
+                    await self._exchange.send_piece(b"", more=False)
+        return outcome
+
+    async def settled(self, *, timeout_s: float) -> Said | None:
+        """What a request that was given up had come to; None if nobody says in time."""
+        await asyncio.wait((self.parting,), timeout=timeout_s)
+        return self.parting.result() if self.parting.done() else None
+
+    def _offer(self) -> None:
+        """Let the replica write the rest itself, if it is on this machine."""
+        hop = self._journey.hop if self._journey is not None else None
+        handle = self._exchange.handle
+        if hop is not None and hop.link is not None and handle is not None:
+            hop.link.hand_over(hop, handle)
+
+    async def _break_off(self, failure: Failure) -> None:
+        """End a stream that had begun with what went wrong."""
+        if self._direct and failure.status != 504:  # nobody knows how much of a piece the replica has written
+            self._exchange.cut_off()
+        elif self.begun and failure is not GONE:
+            await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)
