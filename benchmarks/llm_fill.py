@@ -174,6 +174,8 @@ def tell(results: dict[str, Any]) -> None:
         ttft = f"TTFT p50 {one['ttft_p50_ms']} ms, p99 {one['ttft_p99_ms']} ms"
         print(f"{name:24} {one['requests']:6} requests, {sum(one['failed'].values())} failed, {ttft}")
     both = last["both"]
+    print(f"lines of batches that were answered in all {sum(one['answers']['answered'] for one in results['rounds'])}, ", end="")
+    print(f"of these not as asked {sum(one['answers']['wrong'] for one in results['rounds'])}")
     print(f"batch alone {last['batch_tokens_per_s']} tokens/s; both {both['all_tokens_per_s']}, of which the batch {both['batch_tokens_per_s']}")
     ratios = results["ratios"]
     print(f"both over alone, medians: TTFT p50 {ratios['ttft_p50']} times, p99 {ratios['ttft_p99']} times; tokens/s {ratios['tokens']} times")

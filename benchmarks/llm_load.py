@@ -120,16 +120,17 @@ class Load:
         assert place, f"no {PLACE} in {body}"
         return before.encode(), after.encode()
 
-    async def one(self, stream: Stream, due_s: float, *, most_tokens: int | None = None) -> None:
-        """One request, to the end of its answer."""
+    async def one(self, stream: Stream, due_s: float, *, share: float = 1.0) -> None:
+        """One request, to the end of its answer, which is cut to a share of what the job says."""
         number = len(self.asked)
         asked = stream.asked = Asked(due_s)
         self.asked.append(asked)
         stream.rest = b""
         before, after = self.halves[number % len(self.halves)]
-        if most_tokens is not None:
-            body = self.job.bodies[number % len(self.halves)]
-            before, after = self._halves(body | {"max_tokens": most_tokens, "min_tokens": most_tokens})
+        if share < 1:
+            whole = self.job.bodies[number % len(self.halves)]
+            tokens = max(2, round(share * whole["max_tokens"]))
+            before, after = self._halves(whole | {"max_tokens": tokens, "min_tokens": tokens})
         body = before + b"%010d" % (self.job.number + number) + after
         try:
             if stream.lost:
@@ -156,8 +157,7 @@ class Load:
 
         async def keep_on(share: float) -> None:
             stream = Stream()
-            most = self.job.bodies[0]["max_tokens"]
-            await self.one(stream, time.perf_counter(), most_tokens=max(2, round(share * most)))
+            await self.one(stream, time.perf_counter(), share=share)
             while (now_s := time.perf_counter()) < self.end_s:
                 await self.one(stream, now_s)
             if not stream.lost:

@@ -13,7 +13,8 @@ what happens when something fails.
 Closed loops of 1, 8, 32 and 128 streams, each of a chat that is streamed to its end (`ignore_eos`): of equal lengths, and of lengths drawn from a
 trace of real conversations, scaled into the context. Each contender is started for its turn alone, as idle ones use 0.15 cores, and warmed up; the
 order is turned from round to round. The load is a process of its own (`llm_load.py`, which says what TTFT, ITL and TPOT are) on the same machine:
-its share of a core is told. CPU is that of all processes of the contender, per 1,000 tokens written. Figures are medians over the rounds.
+its share of a core is told, and so are the cores that anything else used meanwhile: with many of these, measure again. CPU is that of all processes
+of the contender, per 1,000 tokens written. Figures are medians over the rounds.
 
 `--fill`: of headrace alone, whether a batch in the background (`/v1/files`, `/v1/batches`) costs those who wait: see `llm_fill.py`.
 """
@@ -31,7 +32,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def contender(name: str, port: int, arguments: argparse.Namespace, folder: Path)
         file = folder / "llm.py"
         on = "hr.gpu(1)" if arguments.device == "cuda" else "hr.cpu(1)"
         file.write_text(PIPELINE.format(model=arguments.model, on=on, sequences=arguments.sequences, engine=engine))
-        options = ["--port", str(port), "--log", "off", "--latency", "120s", "--deadline", "300s"]
+        options = ["--port", str(port), "--log", "off", "--latency", "120s", "--deadline", "300s", "--files", str(folder / "files")]
         return Contender(name, (([PYTHON, "-m", "headrace", "serve", str(file), *options], variables),))
     given = {key: value for key, value in given.items() if key not in ("model", "served_model_name")}
     app = {"name": "bench", "model": arguments.model, "engine": given, "variables": variables, "device": arguments.device}
@@ -126,6 +126,8 @@ def serving(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
     def ready() -> bool:
         """It may tell of its model before it can use it."""
         found[:] = [one["id"] for one in ask(f"{url}/v1/models")["data"]]
+        if not found:
+            return False
         body = {"model": found[0], "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
         return bool(ask(f"{url}{PATHS['chat']}", json.dumps(body).encode())["choices"])
 
@@ -136,13 +138,20 @@ def serving(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
 
 
 def drive(server: Server, job: Job) -> dict[str, Any]:
-    """The figures of a load, with the CPU time of the contender's processes."""
+    """The figures of a load, with the cores that the contender's processes used, and those that nobody here did: others on this machine."""
     processes = server.alive()
-    figures, before, after = llm_load.drive(job, partial(cpu_s, processes))
+
+    def look() -> tuple[float, float]:
+        times = psutil.cpu_times()
+        return cpu_s(processes), sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests' are in the users', too
+
+    figures, before, after = llm_load.drive(job, look)
     if not figures["tokens"]:
         raise RuntimeError(f"{server.name} wrote nothing: {figures['failed']}")
-    figures["cores"] = round((after - before) / job.seconds, 3)
-    figures["cpu_s_per_1000"] = round((after - before) / figures["tokens"] * 1000, 4)
+    used_s, busy_s = (late - early for early, late in zip(before, after, strict=True))
+    figures["cores"] = round(used_s / job.seconds, 3)
+    figures["other_cores"] = round((busy_s - used_s) / job.seconds - figures["load_cores"], 3)
+    figures["cpu_s_per_1000"] = round(used_s / figures["tokens"] * 1000, 4)
     return figures
 
 
@@ -253,12 +262,15 @@ def tell(results: dict[str, Any]) -> None:
     """The figures, and each as a ratio to bare vLLM's."""
     print(f"cores used while idle: {results['idle_cores']}")
     base = results["contenders"].get("vllm", {})
-    print(f"{'load':10} {'contender':18} {'requests':>8} {'failed':>6} " + " ".join(f"{name:>20}" for name in FIGURES))
+    print(f"{'load':10} {'contender':18} {'requests':>8} {'failed':>6} {'others':>6} " + " ".join(f"{name:>20}" for name in FIGURES))
     for load in next(iter(results["contenders"].values())):
         for name, loads in results["contenders"].items():
             mine, vllm = loads[load], base.get(load, {})
             cells = [f"{mine[key]} ({mine[key] / vllm[key]:.2f})" if vllm.get(key) and mine[key] is not None else str(mine[key]) for key in FIGURES]
-            print(f"{load:10} {name:18} {mine['requests']:8} {sum(mine['failed'].values()):6} " + " ".join(f"{cell:>20}" for cell in cells))
+            print(
+                f"{load:10} {name:18} {mine['requests']:8} {sum(mine['failed'].values()):6} {mine['other_cores']:6.2f} "
+                + " ".join(f"{cell:>20}" for cell in cells)
+            )
 
 
 def fill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -333,17 +345,29 @@ def main() -> None:
 
 
 def save(results: dict[str, Any], model: str, arguments: argparse.Namespace) -> None:
-    """Into the file, beside results of the other mode."""
+    """Into the file, under the mode or the lengths, beside what other runs have found of others."""
     machine: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()}
     if arguments.device == "cuda":
         import torch
 
         machine["accelerator"] = torch.cuda.get_device_name()
-    kept = {key: value for key, value in vars(arguments).items() if key not in ("save", "model", "trace", "fill", "only", "packages")}
-    content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions(arguments.packages), "model": model, "arguments": kept, **results}
+    kept = {key: value for key, value in vars(arguments).items() if key not in ("save", "model", "trace", "fill", "only", "packages", "lengths")}
+    content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions(arguments.packages), "model": model, "arguments": kept}
     file = RESULTS / ("llm_serving.json" if arguments.device == "cpu" else f"llm_serving_{arguments.device}.json")
     before = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(before | {"fill" if arguments.fill else "serving": content}, indent=1) + "\n")
+    parts = {"fill": results} if arguments.fill else by_lengths(results)
+    file.write_text(json.dumps(before | {part: content | found for part, found in parts.items()}, indent=1) + "\n")
+
+
+def by_lengths(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of each kind of lengths: contenders, and figures by the number of streams."""
+    parts: dict[str, Any] = {}
+    for name, loads in results["contenders"].items():
+        for load, figures in loads.items():
+            lengths, streams = load.split()
+            part = parts.setdefault(lengths, {"idle_cores": results["idle_cores"], "contenders": {}})
+            part["contenders"].setdefault(name, {})[streams] = figures
+    return parts
 
 
 if __name__ == "__main__":
