@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _JSON = (b"content-type", heads.JSON_TYPE)
 _PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
+_CHALLENGE, _SOON = (b"www-authenticate", b"Bearer"), (b"retry-after", b"1")
 _CLOSING = Failure(503, "unavailable", "the service shuts down")
 _NO_BATCHES = Failure(404, "not_found", "this service keeps no files and runs no batches: it was started without a folder for them")
 
@@ -68,7 +69,7 @@ class Edge:
         """Answer a request; `caller` is who asks, or why that is nobody."""
         try:
             if isinstance(caller, Failure):
-                await self._refuse(exchange, caller)
+                await self._refuse(exchange, caller, _CHALLENGE if caller.status == 401 else _SOON)
             elif path in _PATHS:
                 await self._ask(exchange, method, path, caller)
             elif path == "/v1/models" or path.startswith("/v1/models/"):

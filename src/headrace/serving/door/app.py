@@ -165,15 +165,17 @@ class Door:
             await asyncio.to_thread(self.traces.close)
 
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
-        if self.fleet.routes is None and path not in OPEN:  # nor is it known whether keys are asked for
-            await self._refuse(exchange, _NOTHING_YET, _SOON)
-            return
-        caller = ANYBODY if path in OPEN else await admitted(exchange.found, self.keys, self.doorman)
+        caller: Caller | Failure
+        if path in OPEN:
+            caller = ANYBODY
+        elif self.fleet.routes is None:  # nor is it known whether keys are asked for
+            caller = _NOTHING_YET
+        else:
+            caller = await admitted(exchange.found, self.keys, self.doorman)
         if self.edge is not None and path.startswith("/v1/"):
             await self.edge.answer(exchange, method, path, caller)
-            return
-        if isinstance(caller, Failure):
-            await self._refuse(exchange, caller, _CHALLENGE)
+        elif isinstance(caller, Failure):
+            await self._refuse(exchange, caller, _CHALLENGE if caller.status == 401 else _SOON)
         else:
             await self._answer_caller(exchange, method, path, caller)
 
