@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from speakers import FakeSpeaker, Parrot
 
@@ -90,14 +91,15 @@ class Service:
 
 
 @contextlib.contextmanager
-def talking(*, doors: int = 1, words: int = 4, traces: Traces | None = None) -> Iterator[Service]:
+def talking(*, doors: int = 1, words: int = 4, traces: Traces | None = None, beside: bool = True) -> Iterator[Service]:
+    """`beside` is whether the replica may write to clients itself."""
     pipeline = hr.Pipeline("talk", Told(words=words))
     replica = ReplicaServer(pipeline.stages, reads=pipeline.inputs, carries=pipeline.outputs, group="say")
     logged = io.StringIO()
     servers: list[DoorServer] = []
     try:
         host, port = replica.start()
-        group = GroupRoute("say", (Endpoint("say-1", host, port),))
+        group = GroupRoute("say", (Endpoint("say-1", host, port, beside=replica.beside if beside else ""),))
         routes = Routes("talk", 1, (VersionRoute(1, 1.0, (group,), contract(pipeline)),), Limits())
         for number in range(doors):
             server = DoorServer(Door("talk", name=str(number), log=AccessLog(logged)))
@@ -142,8 +144,22 @@ def test_streams_and_whole_answers_are_counted() -> None:
         assert service.speaker.cancelled == 0 and not any("cancelled" in name and value for name, value in series.items())
 
 
-def test_who_leaves_is_counted_with_what_the_engine_had_computed() -> None:
-    with talking(words=2) as service:
+@pytest.mark.parametrize("beside", [False, True])
+def test_times_between_tokens_are_counted_whoever_writes_them(beside: bool) -> None:
+    """All but the few that lie between two writers, and none for pieces without tokens."""
+    with talking(words=200, beside=beside) as service:
+        service.speaker.word_s = 0.001
+        assert service.ask(stream=True).read().count(b"data: {") == 200
+        series = service.series()
+        number = series["headrace_gen_ai_inter_token_latency_seconds_count{door=0,version=1}"]
+        assert number == 199 if not beside else 150 < number <= 199
+        assert 0.1 < series["headrace_gen_ai_inter_token_latency_seconds_sum{door=0,version=1}"] < PATIENCE_S
+        assert series["headrace_gen_ai_tokens_total{door=0,model=parrot,type=output,version=1}"] == 200
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_who_leaves_is_counted_with_what_the_engine_had_computed(beside: bool) -> None:
+    with talking(words=2, beside=beside) as service:
         service.speaker.pause()
         connection = http.client.HTTPConnection("127.0.0.1", service.servers[0]._port, timeout=PATIENCE_S)
         body = {"model": "parrot", "messages": [{"role": "user", "content": "one two"}], "stream": True}
@@ -155,7 +171,7 @@ def test_who_leaves_is_counted_with_what_the_engine_had_computed() -> None:
         service.speaker.resume()
         service.speaker.word_s = 0.02
         left = service.ask(stream=True, max_tokens=4000)
-        assert left.readline().startswith(b"data: ")
+        assert b"".join(left.readline() for _ in range(20)).count(b"data: ") == 10
         left.close()
         service.until(lambda: service.series().get(streaming) == 1 and service.speaker.running == 0)
         computed = service.speaker.figures()["generated_tokens"]

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -32,6 +35,13 @@ class Histogram:
         """Count a value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
+
+    def add_all(self, values: npt.ArrayLike) -> None:
+        """Count many values at once."""
+        many = np.asarray(values, np.float64)
+        found = np.bincount(np.searchsorted(self.bounds, many), minlength=len(self.counts))
+        self.counts[:] = map(int.__add__, self.counts, found.tolist())
+        self.sum += float(many.sum())
 
     def absorb(self, other: Histogram) -> None:
         """Count all that another one of the same bounds has counted."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from headrace.serving.routes import LATENCY_BOUNDS_S
 from headrace.serving.watch.exposition import Histogram, escaped, line
 from headrace.serving.wire import Said
@@ -87,6 +89,8 @@ class Spoken:
 
     def used(self, model: str, said: Said, before: Said = _NOTHING) -> None:
         """A request for a model has come to these tokens, of which those `before` were counted."""
+        if said.gaps:
+            self.gaps.add_all(np.frombuffer(said.gaps, np.float32))
         self._count(
             model,
             max(0, said.prompt_tokens - before.prompt_tokens),
