@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.serving.figures import Lately, Recent, bucket, quantile
 from headrace.serving.routes import LATENCY_BOUNDS_S, DoorReport, VersionReport
-from headrace.serving.watch.metrics import DoorMetrics
+from headrace.serving.watch.metrics import _HELP, DoorMetrics
 from headrace.serving.wire import Done, Said
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -162,6 +164,12 @@ def test_an_engine_is_there_once_however_many_doors_hear_it() -> None:
     assert total(series, "headrace_gen_ai_tokens_total") == 2 * 75
     own.engines({})
     assert total(read(own.text()), "headrace_engine_running") == 0
+
+
+def test_the_documentation_names_what_is_there() -> None:
+    """Every metric is explained, and none that is not there is asked for."""
+    text = (Path(__file__).parents[2] / "docs/how-to/observe.md").read_text(encoding="utf-8")
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bheadrace_[a-z_]+", text)} == set(_HELP)
 
 
 def test_models_and_old_versions_share_a_label() -> None:
