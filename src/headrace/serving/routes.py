@@ -51,7 +51,10 @@ class VersionRoute:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a service. `latency_s` is the latency target, from which waits for company and queues are derived."""
+    """Bounds of a service. `latency_s` is the latency target, from which waits for company and queues are derived.
+
+    `background` is the share of a language model's places that requests of the last class have beside better ones.
+    """
 
     body_bytes: int = 16 << 20
     rows: int = 4096
@@ -60,6 +63,7 @@ class Limits:
     header_s: float = 10.0
     body_s: float = 30.0
     connections: int = 12_000
+    background: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,13 @@ class Models:
         return version
 
     def listed(self, allowed: Iterable[str] | None = None) -> dict[str, Any]:
-        """All that answer, or those of them that are allowed, as OpenAI lists models."""
+        """All that answer, or those of them that are allowed, as OpenAI lists models.
+
+        Raises:
+            Refused: none answers, as while the first version starts.
+        """
+        if not any(mix.weighted for mix in self.mixes().values()):
+            raise Refused("no model answers requests at the moment", status=503, code="unavailable")
         only = None if allowed is None else set(allowed)
         names = [name for name, mix in self.mixes().items() if mix.weighted and (only is None or name in only)]
         return {"object": "list", "data": [self.shown(name) for name in names]}
