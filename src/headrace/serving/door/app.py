@@ -111,8 +111,16 @@ class Door:
         """What control is to know."""
         fleet = self.fleet
         self._gauge()
+        metrics = self.metrics
         return DoorReport(
-            self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
+            self.name,
+            fleet.reports(),
+            fleet.replicas(),
+            fleet.hung(),
+            fleet.waiting(),
+            metrics=metrics.text().decode(),
+            hops=metrics.hops(),
+            paces=metrics.paces(),
         )
 
     def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
@@ -256,3 +264,4 @@ class Door:
             for pool in version.pools:
                 self.metrics.replicas(version.number, pool.group, len(pool.usable))
         self.metrics.connections(self.connections)
+        self.metrics.engines(self.fleet.engines())

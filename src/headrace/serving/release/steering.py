@@ -161,6 +161,7 @@ class Steering:
             "shadow": shadow,
             "groups": [self._group(version.number, group, now_s=now_s) for group in version.scales],
             **self.lately.version(version.number, now_s=now_s),
+            "speech": self.lately.speech(version.number, now_s=now_s),
             "counts": None if counted is None else {name: value for name, value in dataclasses.asdict(counted).items() if name != "latencies"},
         }
 

@@ -67,23 +67,9 @@ class Talk:
     """A request under way. A streamed answer goes through its door, or, once that has agreed, by an outlet of its own."""
 
     __slots__ = (
-        "_gaps",
-        "_held",
-        "_last_s",
-        "_outlet",
-        "_own",
-        "_task",
-        "_written",
-        "began_s",
-        "begun",
-        "connection",
-        "given_back",
-        "left_s",
-        "number",
-        "question",
-        "request_id",
-        "spent",
-    )
+        "_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "_timed", "_written", "began_s", "begun", "connection", "given_back", "left_s", "number",
+        "question", "request_id", "spent",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
         self.connection, self.number, self.question = connection, number, question
@@ -94,7 +80,7 @@ class Talk:
         self.begun = self.given_back = False
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
-        self._gaps, self._last_s = array.array("f"), 0.0
+        self._gaps, self._last_s, self._timed = array.array("f"), 0.0, 0
         self._written = 0
         self._held: list[bytes] = []  # while the door passes on what came before
 
@@ -115,9 +101,10 @@ class Talk:
             assert self._outlet is not None
             self._outlet.write(text)
             self._written += len(text)
-            now_s = time.perf_counter()
-            self._gaps.append(now_s - self._last_s)
-            self._last_s = now_s
+            if self.spent.completion_tokens > self._timed:  # other pieces only say why it ends
+                now_s = time.perf_counter()
+                self._gaps.append(now_s - self._last_s)
+                self._last_s, self._timed = now_s, self.spent.completion_tokens
         elif self._outlet is not None:
             self._held.append(text)
         else:
@@ -141,7 +128,7 @@ class Talk:
         if outlet is None or self._own:
             return
         if alone:
-            self._own, self._last_s = True, time.perf_counter()
+            self._own, self._last_s, self._timed = True, time.perf_counter(), self.spent.completion_tokens
             if held:
                 outlet.write(held)
                 self._written += len(held)
