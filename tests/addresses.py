@@ -96,8 +96,7 @@ class Address:
 
     def seat(self, name: str, *, limits: Limits | None = None) -> Standing:
         """Let another service in, of which nothing is known yet."""
-        door = Door(name, guest=True)
-        self.server.call(self.lobby.guests.__setitem__, name, door)
+        door = self.server.call(self.lobby.seat, name)
         self.services[name] = Standing(self, door, limits or Limits())
         return self.services[name]
 

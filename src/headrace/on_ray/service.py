@@ -20,11 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from headrace.errors import HeadraceError, RunError, ServingError, StoppedError, listing
 from headrace.hardware import Cluster
 from headrace.on_ray import cluster, compat, deployments
+from headrace.on_ray.backstage import Backstage
 from headrace.on_ray.control import Charge, Control
 from headrace.on_ray.deploying import Deployment, Tell, get, happenings, run_together
 from headrace.on_ray.doors import FrontDoor, Listening
 from headrace.on_ray.intent import Face, Service, Standing, Where
-from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
+from headrace.on_ray.naming import BACKSTAGE, NAMESPACE, control_name, control_of, door_name
 from headrace.serving import place
 from headrace.serving.watch.pipes import Pipes
 
@@ -167,6 +168,8 @@ def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell
     _control(charge)
     listening = Listening(host.name, face.host, port, face.tls, logs if face.log else None, face.opening)
     doors = [_actor(FrontDoor, door_name(host.name, number), 8).remote(listening, number) for number in range(face.doors)]
+    if face.opening is not None and face.opening.works:
+        doors.append(_actor(Backstage, door_name(host.name, BACKSTAGE), 8).remote(host.name, BACKSTAGE, face.opening))
     with _ended_on_failure(services):
         for guest in services[1:]:
             _control(Charge(guest.name, guest.limits, url, ca=ca, behind=host.name))

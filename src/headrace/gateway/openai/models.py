@@ -51,7 +51,15 @@ class Models:
         return version
 
     def listed(self, allowed: Iterable[str] | None = None) -> dict[str, Any]:
-        """All that answer, or those of them that are allowed, as OpenAI lists models."""
+        """All that answer, or those of them that are allowed, as OpenAI lists models.
+
+        Raises:
+            Refused: none answers, as while the first version starts.
+        """
+        if not self.mixes() and all(fleet.versions for fleet in self._fleets()):
+            raise Refused("no pipeline of this service is a language model", status=404, code="not_found")
+        if not any(mix.weighted for mix in self.mixes().values()):
+            raise Refused("no model answers requests at the moment", status=503, code="unavailable")
         only = None if allowed is None else set(allowed)
         names = [name for name, mix in self.mixes().items() if mix.weighted and (only is None or name in only)]
         return {"object": "list", "data": [self.shown(name) for name in names]}
@@ -93,6 +101,12 @@ def speech(version: Version) -> dict[str, Any]:
     """What a version's contract says of the model that it speaks for; nothing if it does not."""
     found: dict[str, Any] = version.route.contract.get("speech") or {}
     return found
+
+
+def billed_as(name: str, version: Version, allowed: Iterable[str] | None) -> str:
+    """The model that a request is booked under which asked for `name`: the version's own, unless that name is one that the key was `allowed`."""
+    own: str = speech(version)["model"]
+    return name if allowed is not None and name in allowed else own
 
 
 def length_of(version: Version) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.serving.door import heads
@@ -20,6 +19,7 @@ from headrace.serving.door.pairs import Mirror
 from headrace.serving.door.retries import AskWords, Retries
 from headrace.serving.door.routing import Pool
 from headrace.serving.door.rows import Rows
+from headrace.serving.door.turnstile import Turnstile
 from headrace.serving.door.views import OPEN, Views
 from headrace.serving.routes import DoorReport, Limits, Routes
 from headrace.serving.watch.metrics import DoorMetrics
@@ -65,7 +65,8 @@ class Door:
         self.traces: Traces | None = None
         self.edge: Edge | None = None
         self.doorman: Doorman | None = None
-        self.lobby = Lobby(self)
+        self.lobby: Lobby[Door] = Lobby(self, lambda guest: Door(guest, name=name, ask_words=ask_words, guest=True))
+        self.turnstile = Turnstile()
         self.metrics = DoorMetrics(service, name, process=not guest)
         self.retries = Retries(ask_words=ask_words, retried=self._retried)
         self.fleet = Fleet(retries=self.retries, answered=self._answered)
@@ -78,8 +79,6 @@ class Door:
         self.snapshot: dict[str, Any] = {}
         self._rows = Rows(self)
         self._views = Views(self)
-        self._under_way = 0
-        self._idle: asyncio.Future[None] | None = None
         self._prefix = os.urandom(10).hex()
         self._number = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,9 +113,21 @@ class Door:
         """What control is to know."""
         fleet = self.fleet
         self._gauge()
+        metrics = self.metrics
         return DoorReport(
-            self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
+            self.name,
+            fleet.reports(),
+            fleet.replicas(),
+            fleet.hung(),
+            fleet.waiting(),
+            metrics=metrics.text().decode(),
+            hops=metrics.hops(),
+            paces=metrics.paces(),
         )
+
+    def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
+        """Take what control answers to a report: the Prometheus texts of the other doors, and what `/status` says of the whole service."""
+        self.peers, self.snapshot = peers, snapshot
 
     def status(self) -> dict[str, Any]:
         """What `/status` answers: what the snapshot says of the whole service, and this door's own figures."""
@@ -126,7 +137,7 @@ class Door:
             del counts["latencies"]
             groups = [{"name": pool.group, "ready": len(pool.usable), "waiting": pool.waiting()} for pool in version.pools]
             versions.append({"version": number, "weight": version.route.weight, "shadow": version.route.shadow, "counts": counts, "groups": groups})
-        door = {"name": self.name, "in_flight": self._under_way, "connections": self.connections, "held_bytes": self.memory.held_bytes}
+        door = {"name": self.name, "in_flight": self.turnstile.inside, "connections": self.connections, "held_bytes": self.memory.held_bytes}
         guests = [guest.status() for guest in self.lobby.guests.values()]
         mine = {"door": door, **({"guests": guests} if guests else {})}
         return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, **mine}
@@ -142,7 +153,7 @@ class Door:
             self._number += 1
             request_id = f"{self._prefix}{self._number:012x}"
         exchange = Exchange(scope, receive, send, memory=self.memory, request_id=request_id, found=found, began=began)
-        with self.busy():
+        with self.turnstile.passing():
             try:
                 await self._answer(exchange, scope["method"], scope["path"])
             except heads.HeadError as error:
@@ -151,16 +162,9 @@ class Door:
                 exchange.release()
                 exchange.watch(None)
 
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """A request is under way for the length of the block."""
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if self._idle is not None and not self._under_way and not self._idle.done():
-                self._idle.set_result(None)
+    def all_peers(self) -> list[str]:
+        """The metrics of all doors of all services behind this address, but for this door's own."""
+        return [*self.peers, *(text for guest in self.lobby.guests.values() for text in (guest.metrics.text().decode(), *guest.peers))]
 
     def has(self, path: str) -> bool:
         """Whether this service has rows under a path, or their schema."""
@@ -170,9 +174,7 @@ class Door:
         """Finish what is under way, for so long at most; then end. New requests are refused."""
         for door in self.lobby.doors:
             door.closing = True
-        if self._under_way:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._idle}, timeout=timeout_s)
+        await self.turnstile.empty(timeout_s=timeout_s)
         if self._ticking is not None:
             self._ticking.cancel()
         self.mirror.close()
@@ -183,24 +185,29 @@ class Door:
             await self.edge.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
 
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
-        if self.fleet.routes is None and path not in OPEN:  # nor is it known whether keys are asked for
-            await self._refuse(exchange, _NOTHING_YET, _SOON)
-            return
-        caller = ANYBODY if path in OPEN else await admitted(exchange.found, self.keys, self.doorman)
+        caller: Caller | Failure
+        if path in OPEN:
+            caller = ANYBODY
+        elif self.fleet.routes is None:  # nor is it known whether keys are asked for
+            caller = _NOTHING_YET
+        else:
+            caller = await admitted(exchange.found, self.keys, self.doorman)
         if self.edge is not None and path.startswith("/v1/"):
             await self.edge.answer(exchange, method, path, caller)
-            return
-        if isinstance(caller, Failure):
-            await self._refuse(exchange, caller, _CHALLENGE)
+        elif isinstance(caller, Failure):
+            await self._refuse(exchange, caller, _CHALLENGE if caller.status == 401 else _SOON)
         else:
             await self.answer(exchange, method, path, caller)
 
     async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         """Answer a request, but for those that `edge` does. Who asks has been let in."""
-        if (guest := self.lobby.at(path)) is not None:
-            with guest.busy():
+        guest = next((guest for guest in self.lobby.guests.values() if guest.has(path)), None)
+        if guest is not None:
+            with guest.turnstile.passing():
                 await guest.answer(exchange, method, path, caller)
         elif path in self.fleet.mixes:
             if method != "POST":
@@ -274,3 +281,4 @@ class Door:
             for pool in version.pools:
                 self.metrics.replicas(version.number, pool.group, len(pool.usable))
         self.metrics.connections(self.connections)
+        self.metrics.engines(self.fleet.engines())

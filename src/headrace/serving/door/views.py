@@ -27,7 +27,7 @@ class Desk(Protocol):
     """The door, as far as its pages need it."""
 
     fleet: Fleet
-    lobby: Lobby
+    lobby: Lobby[Any]
     metrics: DoorMetrics
     leaving: bool
     closing: bool
@@ -41,6 +41,9 @@ class Desk(Protocol):
 
     def status(self) -> dict[str, Any]:
         """What `/status` answers."""
+
+    def all_peers(self) -> list[str]:
+        """The metrics of all doors of all services behind this address, but for this door's own."""
 
 
 class Views:
@@ -108,7 +111,7 @@ class Views:
     def _metrics(self) -> Page:
         from headrace.serving.watch.exposition import CONTENT_TYPE
 
-        return 200, self._door.metrics.text(self._door.lobby.peers()), CONTENT_TYPE.encode()
+        return 200, self._door.metrics.text(self._door.all_peers()), CONTENT_TYPE.encode()
 
 
 def _lacks(fleet: Fleet) -> list[str]:
