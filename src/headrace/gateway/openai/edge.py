@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 import orjson
 
@@ -93,7 +92,7 @@ class Edge:
     async def _show_models(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         if method not in ("GET", "HEAD"):
             raise Refused(f"{method[:20]} is not allowed here", status=405, code="method_not_allowed")
-        name = unquote(path.removeprefix("/v1/models").lstrip("/"))
+        name = path.removeprefix("/v1/models").lstrip("/")
         allowed = caller.models
         if name and allowed is not None and name not in allowed:
             raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
@@ -134,13 +133,12 @@ class Edge:
         length = length_of(version)
         case.asked = asked = asking.read(case.path, body, found, length=length)
         case.body = body
-        answered = asked.completion_tokens if asked.completion_tokens is not None else length
-        question = Question(case.path, case.priority, asked.prompt_tokens + (0 if case.path == EMBEDDINGS else answered))
+        completion = asked.completion_tokens or 0
+        question = Question(case.path, case.priority, asked.prompt_tokens + completion)
         if self.till is None or case.caller.account is None:
             await self._carry(case, question, head, deadline)
             return
         model = name if case.caller.models is not None and name in case.caller.models else speech(version)["model"]
-        completion = 0 if case.path == EMBEDDINGS else answered
         admitted = await self.till.admit(case.caller, model, prompt_tokens=asked.most_prompt_tokens, completion_tokens=completion)
         if isinstance(admitted, Declined) and admitted.tight and (exact := await self._count(case, head, deadline)) is not None:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
