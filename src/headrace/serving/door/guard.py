@@ -67,6 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.on_lost: Callable[[], None] | None = None
+        self._answering: Any = None
         self._in_head = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +95,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def write_piece(self, piece: bytes | memoryview) -> int:
         """Send a piece of an answer of unknown length; the bytes that the client has not read."""
-        if self.cycle.chunked_encoding:
+        if self._answering.chunked_encoding:  # `cycle` may be a later request's, which came with this one
             self.transport.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)))
         else:
             self.transport.write(bytes(piece))
@@ -141,6 +142,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self.scope["headrace.connection"] = self  # type: ignore[typeddict-unknown-key]
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_headers_complete(self) -> None:
         """The request's head is there."""
