@@ -1,4 +1,4 @@
-"""OpenAI's interface over real sockets, before an engine without a model: whatever a client sends, it is answered in OpenAI's form, and the next one as ever."""
+"""OpenAI's interface over real sockets, before an engine without a model: whatever a client sends, it is answered in OpenAI's form, and others as ever."""
 
 from __future__ import annotations
 
