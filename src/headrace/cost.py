@@ -9,6 +9,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -323,7 +324,7 @@ class Cost:
 
 def money(usd: float | None) -> str:
     """A sum in USD, to the cent, or to two digits when it is less than that: `12.30 USD`, `0.0042 USD`."""
-    return "no price" if usd is None else f"{usd:,.2f} USD" if usd >= 0.1 or usd == 0 else f"{usd:.2g} USD"
+    return "no price" if usd is None else f"{usd:,.2f} USD" if usd >= 0.1 or usd == 0 else f"{Decimal(f'{usd:.2g}'):f} USD"
 
 
 def bill(intervals: Iterable[tuple[Machine, float, float]], *, prices: Prices, rows: int = 0, busy: float | None = None) -> Cost:

@@ -296,7 +296,16 @@ def test_a_meter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amount", "text"), [(None, "no price"), (0.0, "0.00 USD"), (0.00042, "0.00042 USD"), (0.042, "0.042 USD"), (0.1, "0.10 USD"), (12345.678, "12,345.68 USD")]
+    ("amount", "text"),
+    [
+        (None, "no price"),
+        (0.0, "0.00 USD"),
+        (0.000_02, "0.00002 USD"),
+        (0.00042, "0.00042 USD"),
+        (0.042, "0.042 USD"),
+        (0.1, "0.10 USD"),
+        (12345.678, "12,345.68 USD"),
+    ],
 )
 def test_money(amount: float | None, text: str) -> None:
     """To the cent; small sums to two digits."""

@@ -110,6 +110,11 @@ def test_a_name_is_taken_for_ever(desk: Desk) -> None:
         desk.keys.create("ana")
     with pytest.raises(AccountsError, match="was revoked on 2026-01-31; create another"):
         desk.keys.revoke("ana")
+    assert desk.keys.get("ana", revoked=True).revoked == START
+    with pytest.raises(AccountsError, match="no key named 'anna'.*but nothing$"):
+        desk.keys.get("anna")
+    with pytest.raises(AccountsError, match="no key named 'anna'.*did you mean 'ana'"):
+        desk.keys.get("anna", revoked=True)
 
 
 def test_limits_are_changed_one_by_one(desk: Desk) -> None:
@@ -350,6 +355,7 @@ def test_usage_is_summed_and_exported(desk: Desk) -> None:
     ]
     february = usage.sums(desk.database, dt.date(2026, 2, 1), by=["key"])
     assert [(row.key, row.day, row.requests, row.usd) for row in february] == [("ana", None, 1, 0.000_02)]
+    assert usage.sums(desk.database, by=["model"], key="bob") == [] and len(usage.sums(desk.database, by=["model"], key="ana")) == 2
     assert usage.sums(desk.database, until=dt.date(2026, 1, 31)) == [] == usage.sums(desk.database, until=dt.date(2026, 1, 31), by=[])
     assert json.loads(usage.as_json(february))[0].keys() == {
         "key",

@@ -91,7 +91,7 @@ def test_what_has_no_limit_has_no_headers() -> None:
 @pytest.mark.parametrize(
     ("limits", "why"),
     [
-        ({"requests_per_minute": 0}, "requests_per_minute must be a whole number from 1 to 1,000,000,000, got 0; leave it out for no limit, or revoke"),
+        ({"requests_per_minute": 0}, "requests_per_minute must be a whole number from 1 to 1,000,000,000, got 0; None is no limit"),
         ({"tokens_per_minute": 1.5}, "tokens_per_minute must be a whole number"),
         ({"tokens_per_minute": True}, "tokens_per_minute must be a whole number"),
         ({"budget_usd": -1}, "budget_usd must be a number of USD from 0"),
@@ -190,6 +190,18 @@ def test_a_database_of_something_else_is_left_alone_beside_ours(tmp_path: Path) 
     connection.close()
 
 
+def test_none_is_made_unless_wanted(tmp_path: Path) -> None:
+    for path in (tmp_path / "llm.db", tmp_path / "no" / "llm.db"):
+        with pytest.raises(AccountsError, match="there are no accounts in .*; `headrace keys create` makes them"):
+            Database(path, make=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty.db").touch(0o600)
+    with pytest.raises(AccountsError, match="there are no accounts in"):
+        Database(tmp_path / "empty.db", make=False)
+    Database(tmp_path / "llm.db").close()
+    Database(tmp_path / "llm.db", make=False).close()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AccountsError, match="cannot be opened: Not a directory|cannot be opened: File exists"):
@@ -205,6 +217,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         ("postgres://ana:secret@db/x", "write postgresql.psycopg:// in place of postgres://"),
         ("postgresql://ana:secret@db/x", "write postgresql.psycopg:// in place of postgresql://"),
         ("postgresql+psycopg://ana:secret@db", "no place for accounts"),
+        ("postgresql+psycopg://ana:pass@secret@db/x", "must stand between user: and @host, with %40 for each '@'"),
+        ("postgresql+psycopg://ana@db/x?password=secret", "must stand between user: and @host"),
         ("://", "no URL of accounts"),
     ],
 )

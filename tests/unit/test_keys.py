@@ -172,6 +172,7 @@ def test_where_keys_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key alone is on standard output, once; the list has names only."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("HEADRACE_ACCOUNTS", raising=False)
 
     def call(*words: str) -> tuple[str, str]:
         done = CliRunner().invoke(cli.app, ["keys", *words], catch_exceptions=False)

@@ -201,7 +201,7 @@ class GroupReplica:
         limit_threads(threads)  # again, for the libraries that were loaded meanwhile
         # Where doors may be on other machines; a Ray of our own has loopback for its only address.
         host, port = self.server.start("127.0.0.1" if terms.service is None else compat.node_address())
-        self.endpoint = Endpoint(deployments.own_id(), host, port, ray.get_runtime_context().get_node_id(), os.getpid(), token)
+        self.endpoint = Endpoint(deployments.own_id(), host, port, ray.get_runtime_context().get_node_id(), os.getpid(), token, self.server.beside)
         self.caller = Caller(host, port, token)
         if terms.service is not None:
             threading.Thread(target=self._announce, args=(terms.service,), name="headrace-announce", daemon=True).start()

@@ -14,7 +14,8 @@ LATENCY_BOUNDS_S = tuple(0.0005 * 1.2**step for step in range(72))
 class Endpoint:
     """A replica of a group: its id, and where it listens. `node` and `pid` say which process it is.
 
-    `token` is what it asks of whoever connects, since others than doors may reach its port; "" where it asks for none.
+    `token` is what it asks of whoever connects, since others than doors may reach its port; "" where it asks for none. `beside` is the name
+    of the Unix socket over which doors on its machine hand it their clients', if it has one.
     """
 
     replica: str
@@ -23,6 +24,7 @@ class Endpoint:
     node: str = ""
     pid: int = 0
     token: str = field(default="", repr=False)
+    beside: str = ""
 
 
 @dataclass(frozen=True, slots=True)

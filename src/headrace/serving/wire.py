@@ -37,6 +37,12 @@ class Kind(enum.IntEnum):
     """Door to replica, first of all where the replica asks for it: the token of its `Endpoint` [token]."""
     ASK = 5
     """Door to replica: answer this body of OpenAI's interface [path, left_s, priority, tokens, request_id, trace or None]. See `Question`."""
+    BESIDE = 6
+    """Door to replica on the same machine: my Unix socket beside this connection has this key [key]. See `replica.outlets`."""
+    OFFER = 7
+    """Door to replica: the client's socket is there; write the rest of this answer yourself []."""
+    GO = 8
+    """Door to replica, in answer to READY: all before it is with the client: go on [whether by yourself, or through the door as before]."""
     DONE = 16
     """Replica to door: the answer [rows, queue_s, wait_s, compute_s, batch_rows]. See `Done`."""
     FAIL = 17
@@ -51,6 +57,8 @@ class Kind(enum.IntEnum):
     """Replica to door: send nothing more; what was taken is finished []."""
     PART = 22
     """Replica to door: a piece of a streamed answer, in server-sent events [prompt_tokens, cached_tokens, completion_tokens so far]."""
+    READY = 24
+    """Replica to door, in answer to OFFER: after this nothing comes until GO []."""
     SAID = 23
     """Replica to door: the answer to ASK, or the end of one that was streamed or cancelled [status, and what `Said` has]."""
 
@@ -110,6 +118,7 @@ class Said:
     queue_s: float = 0.0
     first_s: float = 0.0
     took_s: float = 0.0
+    gaps: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,20 +40,21 @@ def default_path(service: str) -> Path:
 
 
 class Database:
-    """An open database of accounts. Made with its tables if it is not there; threads may share it, processes open it each for themselves.
+    """An open database of accounts, with its tables. Threads may share it; processes open it each for themselves.
 
     Args:
         where: the path of an SQLite file, or the URL of a PostgreSQL: `postgresql+psycopg://user:password@host/database`.
+        make: whether to make it if it is not there, rather than raise.
 
     Raises:
-        AccountsError: it is damaged, of a newer release, open to others, or out of reach, or a driver is missing.
+        AccountsError: it is missing, damaged, of a newer release, open to others, or out of reach, or a driver is missing.
     """
 
-    def __init__(self, where: str | os.PathLike[str]) -> None:
+    def __init__(self, where: str | os.PathLike[str], *, make: bool = True) -> None:
         url = _url(os.fspath(where))
         self.name = url.render_as_string(hide_password=True) if url.database and _is_server(url) else str(url.database)
         if not _is_server(url):
-            _make_private(Path(str(url.database)))
+            _see_to_file(Path(str(url.database)), make=make)
         try:
             self.engine = _engine(url)
         except ModuleNotFoundError as error:
@@ -61,7 +62,7 @@ class Database:
         with contextlib.ExitStack() as undone:
             undone.callback(self.close)
             with self.writing() as connection:
-                self._check(connection)
+                self._check(connection, make=make)
             undone.pop_all()
 
     def close(self) -> None:
@@ -101,13 +102,15 @@ class Database:
                 raise AccountsError(f"the accounts in {self.name!r} are busy: another program has been writing for {BUSY_S:g} s") from error
             raise AccountsError(f"the accounts in {self.name!r} cannot be used: {why}") from error
 
-    def _check(self, connection: sa.Connection) -> None:
+    def _check(self, connection: sa.Connection, *, make: bool) -> None:
         """Make the tables, or see that they are those of this release."""
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
         inspector = sa.inspect(connection)
         there = set(inspector.get_table_names())
         if not there & set(tables.tables):
+            if not make:
+                raise _missing(self.name)
             tables.create_all(connection, checkfirst=False)
             connection.execute(about.insert().values(id=1, format=FORMAT, changes=0))
             return
@@ -140,6 +143,8 @@ def _url(where: str) -> sa.URL:
         url = sa.make_url(where)
     except (sa.exc.ArgumentError, ValueError):
         raise AccountsError(f"this is no URL of accounts: {_FORMS}") from None  # it is not repeated: a password may be in it
+    if "@" in (url.host or "") or "password" in url.query:  # these parts are shown
+        raise AccountsError("the password in the URL of accounts must stand between user: and @host, with %40 for each '@' in it, %2F for '/', %3A for ':'")
     if not _is_server(url) or not url.database:
         scheme = url.drivername
         hint = f"; write {_POSTGRESQL}:// in place of {scheme}://" if scheme.startswith("postgres") and scheme != _POSTGRESQL else ""
@@ -147,11 +152,14 @@ def _url(where: str) -> sa.URL:
     return url
 
 
-def _make_private(path: Path) -> None:
-    """Make the file, for its owner alone, if it is not there. SQLite gives the files beside it the permissions of this one."""
+def _see_to_file(path: Path, *, make: bool) -> None:
+    """See that only its owner may write the file, or make it so. SQLite gives the files beside it the permissions of this one."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        if make:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        elif not path.exists():
+            raise _missing(str(path))
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o600)
         try:
             if os.fstat(handle).st_mode & _OTHERS_WRITE:
                 raise AccountsError(f"others than its owner may write {str(path)!r}, and so add keys of their own; `chmod 600` it")
@@ -159,6 +167,10 @@ def _make_private(path: Path) -> None:
             os.close(handle)
     except OSError as error:
         raise AccountsError(f"the accounts in {str(path)!r} cannot be opened: {error.strerror or error}") from error
+
+
+def _missing(name: str) -> AccountsError:
+    return AccountsError(f"there are no accounts in {name!r}; `headrace keys create` makes them")
 
 
 def _engine(url: sa.URL) -> sa.Engine:

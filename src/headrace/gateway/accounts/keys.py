@@ -98,14 +98,14 @@ class Keys:
         with self.database.reading() as connection:
             return tuple(self._key(row) for row in connection.execute(wanted.order_by(keys.c.id)))
 
-    def get(self, name: str) -> Key:
-        """A valid key by its name.
+    def get(self, name: str, *, revoked: bool = False) -> Key:
+        """A valid key by its name; with `revoked`, also one that is not valid any more.
 
         Raises:
             AccountsError: there is none, or the database is out of reach.
         """
         with self.database.reading() as connection:
-            return self._key(self._row(connection, name))
+            return self._key(self._row(connection, name, revoked=revoked))
 
     def revoke(self, name: str) -> None:
         """Make a key invalid. From now on nothing is reserved for it; what was granted may be settled.
@@ -157,12 +157,13 @@ class Keys:
             changes = cast("int", connection.scalar(sa.select(about.c.changes)))
             return changes, Ring({row.sha256: self._key(row) for row in connection.execute(sa.select(keys).where(keys.c.revoked.is_(None)))})
 
-    def _row(self, connection: sa.Connection, name: str) -> sa.Row[Any]:
+    def _row(self, connection: sa.Connection, name: str, *, revoked: bool = False) -> sa.Row[Any]:
         row = connection.execute(sa.select(keys).where(keys.c.name == name)).one_or_none()
         if row is None:
-            names = connection.scalars(sa.select(keys.c.name).where(keys.c.revoked.is_(None)).order_by(keys.c.id)).all()
+            named = sa.select(keys.c.name) if revoked else sa.select(keys.c.name).where(keys.c.revoked.is_(None))
+            names = connection.scalars(named.order_by(keys.c.id)).all()
             raise AccountsError(f"there is no key named {name!r} in {self.database.name!r}, but {listing(names)}{nearest(name, names)}")
-        if row.revoked is not None:
+        if row.revoked is not None and not revoked:
             raise AccountsError(f"the key {name!r} was revoked on {day_of(row.revoked)}; create another one")
         return row
 

@@ -53,7 +53,7 @@ class Limits:
         for field in ("requests_per_minute", "tokens_per_minute"):
             value = getattr(self, field)
             if value is not None:
-                whole(value, field, least=1, most=MOST_PER_MINUTE, instead="; leave it out for no limit, or revoke the key to stop it")
+                whole(value, field, least=1, most=MOST_PER_MINUTE, instead="; None is no limit, and a key that is revoked is stopped")
         if self.budget_usd is not None:
             usd(self.budget_usd, "budget_usd", most=MOST_USD)
         if self.priority not in get_args(Priority):

@@ -63,8 +63,10 @@ class Request:
     took_s: float | None
 
 
-def sums(database: Database, since: dt.date | None = None, until: dt.date | None = None, *, by: Sequence[By] = ("key", "model")) -> list[Sum]:
-    """What was used on the days from `since` on and before `until`, of UTC, in the order of what it is grouped by.
+def sums(
+    database: Database, since: dt.date | None = None, until: dt.date | None = None, *, by: Sequence[By] = ("key", "model"), key: str | None = None
+) -> list[Sum]:
+    """What was used on the days from `since` on and before `until`, of UTC, by all keys or the one that is named, in the order of what it is grouped by.
 
     Raises:
         AccountsError: it cannot be grouped so, or the database is out of reach.
@@ -79,6 +81,8 @@ def sums(database: Database, since: dt.date | None = None, until: dt.date | None
         query = query.where(usage.c.day >= since.isoformat()[:10])
     if until is not None:
         query = query.where(usage.c.day < until.isoformat()[:10])
+    if key is not None:
+        query = query.where(keys.c.name == key)
     with database.reading() as connection:
         rows = [dict(row) for row in connection.execute(query).mappings() if row["requests"] is not None]
     found = []

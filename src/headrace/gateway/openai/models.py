@@ -53,9 +53,16 @@ class Models:
         return version
 
     def listed(self, allowed: Iterable[str] | None = None) -> dict[str, Any]:
-        """All of them, or those allowed, as OpenAI lists models."""
+        """All that answer, or those of them that are allowed, as OpenAI lists models.
+
+        Raises:
+            Refused: none answers, as while the first version starts.
+        """
+        if not any(mix.weighted for mix in self.mixes().values()):
+            raise Refused("no model answers requests at the moment", status=503, code="unavailable")
         only = None if allowed is None else set(allowed)
-        return {"object": "list", "data": [self.shown(name) for name in self.mixes() if only is None or name in only]}
+        names = [name for name, mix in self.mixes().items() if mix.weighted and (only is None or name in only)]
+        return {"object": "list", "data": [self.shown(name) for name in names]}
 
     def shown(self, name: str) -> dict[str, Any]:
         """One of them.

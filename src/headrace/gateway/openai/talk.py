@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import time
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _UNCACHED = (b"cache-control", b"no-cache")
+_OFFERED = (2, 32, 256)
+"""After so many pieces the replica is offered to go on by itself: short answers are not worth it, and a client may have been slow before."""
 _LAST = b"data: [DONE]\n\n"
 
 
@@ -26,7 +29,23 @@ class Talk:
     byte to the first piece, and between pieces. `said` is what the replica told at the end, of a request that was given up, too, if anything.
     """
 
-    __slots__ = ("_began_s", "_exchange", "_last_s", "_started", "_streams", "_waiting", "begun", "first_s", "gaps_s", "parting", "question", "said")
+    __slots__ = (
+        "_began_s",
+        "_direct",
+        "_exchange",
+        "_journey",
+        "_last_s",
+        "_pieces",
+        "_started",
+        "_streams",
+        "_waiting",
+        "begun",
+        "first_s",
+        "gaps_s",
+        "parting",
+        "question",
+        "said",
+    )
 
     def __init__(self, question: Question, exchange: Exchange) -> None:
         self.question = question
@@ -40,7 +59,9 @@ class Talk:
         self._last_s = 0.0
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting: list[bytes] = []
-        self._streams = False
+        self._streams = self._direct = False
+        self._pieces = 0
+        self._journey: Journey | None = None
 
     # For the link
 
@@ -58,8 +79,16 @@ class Talk:
         self.said = Said(0, prompt_tokens, cached_tokens, completion_tokens)
         if self._streams:
             self._exchange.pass_on(text)
+            self._pieces += 1
+            if self._pieces in _OFFERED:
+                self._offer()
         else:
             self._waiting.append(bytes(text))
+
+    def ready(self) -> bool:
+        """The replica could write the rest itself."""
+        self._direct = self._streams and self._exchange.written
+        return self._direct
 
     def ended(self, said: Said | None) -> None:
         """It was given up, and has come to this."""
@@ -71,6 +100,7 @@ class Talk:
     async def run(self, journey: Journey, place: Place, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
         """Ask, and stream what comes in pieces; the outcome, and for an answer that is not streamed its body, which is still to be sent."""
         self._exchange.stop_with_client(journey)
+        self._journey = journey
         asking = asyncio.ensure_future(journey.ask(place, body, self))
         try:
             await asyncio.wait((asking, self._started), return_when=asyncio.FIRST_COMPLETED)
@@ -87,6 +117,7 @@ class Talk:
             await self._break_off(outcome)
         else:
             self.said = outcome[0]
+            self.gaps_s += array.array("f", self.said.gaps)
             if self.begun:
                 if self.said.status != 200:
                     await self._break_off(Failure(self.said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))
@@ -99,7 +130,16 @@ class Talk:
         await asyncio.wait((self.parting,), timeout=timeout_s)
         return self.parting.result() if self.parting.done() else None
 
+    def _offer(self) -> None:
+        """Let the replica write the rest itself, if it is on this machine."""
+        hop = self._journey.hop if self._journey is not None else None
+        handle = self._exchange.handle
+        if hop is not None and hop.link is not None and handle is not None:
+            hop.link.hand_over(hop, handle)
+
     async def _break_off(self, failure: Failure) -> None:
         """End a stream that had begun with what went wrong."""
-        if self.begun and failure is not GONE:
+        if self._direct and failure.status != 504:  # nobody knows how much of a piece the replica has written
+            self._exchange.cut_off()
+        elif self.begun and failure is not GONE:
             await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)

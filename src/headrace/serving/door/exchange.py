@@ -47,6 +47,14 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once."""
 
+    @property
+    def handle(self) -> int | None:
+        """The client's socket, if another process may write pieces of the answer to it."""
+
+    @property
+    def written(self) -> bool:
+        """Whether all of the answer so far is with the system."""
+
     def write_piece(self, piece: bytes | memoryview) -> int:
         """Send a piece of an answer of unknown length, which was begun, at once; how many bytes the client has not read."""
 
@@ -240,6 +248,22 @@ class Exchange:
             self.status = GONE.status
             return False
         return True
+
+    @property
+    def handle(self) -> int | None:
+        """The client's socket, if another process may go on with the answer that was begun."""
+        return self._connection.handle if self._connection is not None else None
+
+    @property
+    def written(self) -> bool:
+        """Whether all of the answer so far is with the system."""
+        return self._connection is not None and self._connection.written
+
+    def cut_off(self) -> None:
+        """Close the connection: what the client has of the answer may end in the middle of a piece."""
+        self.status = GONE.status
+        if self._connection is not None:
+            self._connection.abort()
 
 
 @dataclass(slots=True)

@@ -41,16 +41,17 @@ class Corked:
         out = self._out
         out.append(data)
         if len(data) > CORK_BYTES:
-            self._flush()
+            self.flush()
         elif len(out) == 1:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
     def close(self) -> None:
         """Close once all is sent."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what waits for the end of the turn."""
         if self._out:
             out, self._out = self._out, []
             self._transport.writelines(out)
@@ -92,6 +93,20 @@ class GuardedProtocol(HttpToolsProtocol):
     def abort(self) -> None:
         """Close at once."""
         self.transport.abort()
+
+    @property
+    def handle(self) -> int | None:
+        """The socket, where what is written to it goes to the client as it is, in chunks; None over TLS."""
+        transport = self.transport
+        if transport.get_extra_info("ssl_object") is not None or not self.cycle.chunked_encoding:
+            return None
+        return int(transport.get_extra_info("socket").fileno())
+
+    @property
+    def written(self) -> bool:
+        """Whether all of the answer so far is with the system."""
+        self.transport.flush()  # type: ignore[attr-defined]
+        return not self.transport.get_write_buffer_size() and not self.transport.is_closing()
 
     def write_piece(self, piece: bytes | memoryview) -> int:
         """Send a piece of an answer of unknown length; the bytes that the client has not read."""

@@ -38,6 +38,9 @@ class Carrier(Protocol):
     def cancel(self, hop: Hop) -> None:
         """Nobody waits for this request any more."""
 
+    def hand_over(self, hop: Hop, handle: int) -> None:
+        """Offer the replica a client's socket, so that it writes the rest of an answer itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leg:
@@ -152,6 +155,9 @@ class Speaking(Protocol):
 
     def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview, /) -> None:
         """A piece came, and these are the tokens so far."""
+
+    def ready(self) -> bool:
+        """The replica has sent its last piece, and could write the rest itself; whether it may: if all before is with the client."""
 
     def ended(self, said: Said | None) -> None:
         """A request that was cancelled has come to this; None if nobody can say."""

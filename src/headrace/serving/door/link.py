@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
+from headrace.serving.door.handover import Handover
 from headrace.serving.wire import Decoder, Done, Failure, Frame, Kind, Said, Stats, encode
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Link(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_busy_hops", "_closed", "_decoder", "_ending",
+        "_busy_hops", "_closed", "_decoder", "_ending", "_handover",
         "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
         "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
     )  # fmt: skip
@@ -60,6 +61,7 @@ class Link(asyncio.Protocol):
         self.unanswered = 0
         self.ready = self.draining = self.slow = self.hung = self.retired = self.clogged = self.local = False
         self._busy_hops = 0
+        self._handover: Handover | None = None
         self._ending: dict[int, Speaking] = {}  # cancelled, and not yet told what they have come to
         self._next = 1
         self._out: list[bytes | memoryview] = []
@@ -105,6 +107,11 @@ class Link(asyncio.Protocol):
             self._write(encode(Kind.CANCEL, hop.number))
             if hop.speaking is not None:
                 self._ending[hop.number] = hop.speaking
+
+    def hand_over(self, hop: Hop, handle: int) -> None:
+        """Offer the replica a client's socket, so that it writes the rest of an answer itself. `Speaking.ready` is asked when it can."""
+        if self._handover is not None and self._handover.send(hop.number, handle):
+            self._write(encode(Kind.OFFER, hop.number))
 
     def take(self) -> list[Hop]:
         """All requests under way, which are cancelled here in order to be sent elsewhere."""
@@ -152,12 +159,19 @@ class Link(asyncio.Protocol):
         self.local = bool(here and there and here[0] == there[0])
         if self.endpoint.token:
             self._write(encode(Kind.HELLO, head=(self.endpoint.token,)))
+        if self.local and self.endpoint.beside:
+            self._handover = Handover.connect(self.endpoint.beside, self.endpoint.token)
+            if self._handover is not None:
+                self._write(encode(Kind.BESIDE, head=(self._handover.key,)))
         self.ping()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hand everything that was under way back to the owner."""
         self._transport = None
         self._out = []
+        if self._handover is not None:
+            self._handover.close()
+            self._handover = None
         self.ready = self.draining = self.slow = self.hung = self.clogged = False
         self.busy_until = [0.0] * CLASSES
         self.elsewhere = self.unanswered = 0
@@ -230,6 +244,11 @@ class Link(asyncio.Protocol):
             prompt_tokens, cached_tokens, completion_tokens = frame.head
             hop.speaking.part(prompt_tokens, cached_tokens, completion_tokens, frame.body)
 
+    def _heard_ready(self, frame: Frame) -> None:
+        hop = self.hops.get(frame.number)
+        if hop is not None and hop.speaking is not None:
+            self._write(encode(Kind.GO, frame.number, (hop.speaking.ready(),)))
+
     def _heard_said(self, frame: Frame) -> None:
         said = Said(*frame.head)
         if (hop := self.hops.pop(frame.number, None)) is not None:
@@ -295,6 +314,7 @@ class Link(asyncio.Protocol):
 _TAKES: dict[Kind, Callable[[Link, Frame], None]] = {
     Kind.DONE: Link._heard_done,  # noqa: SLF001 - of this module
     Kind.PART: Link._heard_part,  # noqa: SLF001
+    Kind.READY: Link._heard_ready,  # noqa: SLF001
     Kind.SAID: Link._heard_said,  # noqa: SLF001
     Kind.PONG: Link._heard_pong,  # noqa: SLF001
     Kind.DRAIN: Link._heard_drain,  # noqa: SLF001

@@ -7,13 +7,16 @@ import asyncio
 import dataclasses
 import fcntl
 import hmac
+import os
 import socket
 import termios
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
+from headrace.serving.replica.outlets import Channel
 from headrace.serving.replica.talks import Talk
 from headrace.serving.wire import Content, Decoder, Failure, Frame, Kind, Question, Said, Stats, encode
 
@@ -35,6 +38,9 @@ class Owner(Protocol):
 
     def ask(self, connection: Connection, number: int, question: Question, body: bytes, left_s: float, request_id: str) -> None:
         """A request of OpenAI's interface came. It ends with `Connection.said`, or `Connection.refuse`."""
+
+    def channel(self, key: str) -> Channel | None:
+        """The Unix socket of the door that has told this key."""
 
     def taken(self) -> None:
         """All requests that came at once were given to `take`."""
@@ -61,6 +67,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, owner: Owner) -> None:
         self.jobs: dict[int, Job] = {}
         self.talks: dict[int, Talk] = {}
+        self.channel: Channel | None = None
         self.open = False
         self._owner = owner
         self._decoder = Decoder()
@@ -92,6 +99,8 @@ class Connection(asyncio.Protocol):
         for talk in list(self.talks.values()):
             talk.cancel()
         self.talks.clear()
+        if self.channel is not None:
+            self.channel.close()
         self._owner.closed(self)
 
     def data_received(self, data: bytes) -> None:
@@ -199,30 +208,64 @@ class Connection(asyncio.Protocol):
             self._unknown.cancel()
             self._known = True
             self._owner.opened(self)
-        elif frame.kind is Kind.WORK:
-            content, accept, left_s, priority, alone, _, _ = frame.head
-            self._check_number(frame.number)
-            now_s = time.perf_counter()
-            job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
-            if left_s is not None:
-                job.deadline_s = now_s + float(left_s)
-            self.jobs[frame.number] = job
-            self._owner.take(job, frame.body, Content(content))
-        elif frame.kind is Kind.ASK:
-            path, left_s, priority, tokens, request_id, _ = frame.head
-            self._check_number(frame.number)
-            question = Question(str(path), min(max(int(priority), 0), LEAST_PRIORITY), int(tokens))
-            self._owner.ask(self, frame.number, question, bytes(frame.body), float(left_s), str(request_id))
-        elif frame.kind is Kind.CANCEL:
-            if frame.number in self.jobs:
-                self._owner.cancel([self.jobs.pop(frame.number)])
-            elif (talk := self.talks.get(frame.number)) is not None:
-                talk.cancel()
-        elif frame.kind is Kind.PING:
-            self._pinged = True
-        else:
+        elif (take := _TAKES.get(frame.kind)) is None:
             raise ValueError(f"a door does not send {frame.kind.name}")
+        else:
+            take(self, frame)
+
+    def _hear_work(self, frame: Frame) -> None:
+        content, accept, left_s, priority, alone, _, _ = frame.head
+        self._check_number(frame.number)
+        now_s = time.perf_counter()
+        job = Job(self, frame.number, len(frame.body), Content(accept), min(max(int(priority), 0), LEAST_PRIORITY), bool(alone), arrived_s=now_s)
+        if left_s is not None:
+            job.deadline_s = now_s + float(left_s)
+        self.jobs[frame.number] = job
+        self._owner.take(job, frame.body, Content(content))
+
+    def _hear_ask(self, frame: Frame) -> None:
+        path, left_s, priority, tokens, request_id, _ = frame.head
+        self._check_number(frame.number)
+        question = Question(str(path), min(max(int(priority), 0), LEAST_PRIORITY), int(tokens))
+        self._owner.ask(self, frame.number, question, bytes(frame.body), float(left_s), str(request_id))
+
+    def _hear_cancel(self, frame: Frame) -> None:
+        if frame.number in self.jobs:
+            self._owner.cancel([self.jobs.pop(frame.number)])
+        elif (talk := self.talks.get(frame.number)) is not None:
+            talk.cancel()
+
+    def _hear_ping(self, _: Frame) -> None:
+        self._pinged = True
+
+    def _hear_beside(self, frame: Frame) -> None:
+        (key,) = frame.head
+        self.channel = self._owner.channel(str(key))
+
+    def _hear_offer(self, frame: Frame) -> None:
+        handle = None if self.channel is None else self.channel.take(frame.number)
+        talk = self.talks.get(frame.number)
+        if talk is not None and handle is not None:
+            talk.offered(handle)
+        elif handle is not None:
+            os.close(handle)
+
+    def _hear_go(self, frame: Frame) -> None:
+        (alone,) = frame.head
+        if (talk := self.talks.get(frame.number)) is not None:
+            talk.go(alone=bool(alone))
 
     def _check_number(self, number: int) -> None:
         if number in self.jobs or number in self.talks:
             raise ValueError(f"two requests of the number {number}")
+
+
+_TAKES: dict[Kind, Callable[[Connection, Frame], None]] = {
+    Kind.WORK: Connection._hear_work,  # noqa: SLF001 - of this module
+    Kind.ASK: Connection._hear_ask,  # noqa: SLF001
+    Kind.CANCEL: Connection._hear_cancel,  # noqa: SLF001
+    Kind.PING: Connection._hear_ping,  # noqa: SLF001
+    Kind.BESIDE: Connection._hear_beside,  # noqa: SLF001
+    Kind.OFFER: Connection._hear_offer,  # noqa: SLF001
+    Kind.GO: Connection._hear_go,  # noqa: SLF001
+}

@@ -25,6 +25,7 @@ from headrace.serving.replica.floor import Floor
 from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
 from headrace.serving.replica.lean import contained
+from headrace.serving.replica.outlets import Anteroom, Channel
 from headrace.serving.replica.station import Stations
 from headrace.serving.replica.talks import Talks, speaker_of
 from headrace.serving.routes import Limits
@@ -85,6 +86,7 @@ class ReplicaServer:
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
         speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
         self._talks = None if speaker is None else Talks(speaker)
+        self._anteroom = None if speaker is None else Anteroom(token)
 
     def warm_up(self, row: Mapping[str, Any] | None = None) -> None:
         """Take a row, a made-up one if None, through all stations, from the form of a request to that of an answer.
@@ -127,6 +129,11 @@ class ReplicaServer:
         return address
 
     @property
+    def beside(self) -> str:
+        """The name of the Unix socket for `Endpoint.beside`."""
+        return "" if self._anteroom is None else self._anteroom.name
+
+    @property
     def alive(self) -> bool:
         """Whether the thread of the sockets runs."""
         return self._talks.speaker.alive if self._talks is not None else self._thread is not None and self._thread.is_alive()
@@ -155,6 +162,8 @@ class ReplicaServer:
                 self._ended.wait(5)
             sys.setswitchinterval(self._turns_s)
         self._stations.close()
+        if self._anteroom is not None:
+            self._anteroom.close()
         if self._parser is not None:
             self._parser.shutdown(wait=False)
 
@@ -205,6 +214,10 @@ class ReplicaServer:
             connection.refuse(number, UNSPOKEN)
         else:
             self._talks.take(connection, number, question, body, left_s=left_s, request_id=request_id)
+
+    def channel(self, key: str) -> Channel | None:
+        """The Unix socket of the door that has told this key."""
+        return None if self._anteroom is None else self._anteroom.channel(key)
 
     def taken(self) -> None:
         """All that came at once was given to `take`."""

@@ -6,7 +6,9 @@ waits for another. What one step brings goes out in one write for each door.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import os
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 
 from headrace.errors import EngineLostError
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Busy
+from headrace.serving.replica.outlets import Outlet
 from headrace.serving.wire import Failure, Kind, Question, Said
 from headrace.speech import Reply, Speaker, Spent
 
@@ -57,9 +60,9 @@ def speaker_of(stations: Iterable[Iterable[Any]]) -> Speaker | None:
 
 
 class Talk:
-    """A request under way."""
+    """A request under way. A streamed answer goes through its door, or, once that has agreed, by an outlet of its own."""
 
-    __slots__ = ("_task", "began_s", "connection", "left_s", "number", "question", "request_id", "spent")
+    __slots__ = ("_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "began_s", "connection", "left_s", "number", "question", "request_id", "spent")
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
         self.connection, self.number, self.question = connection, number, question
@@ -67,6 +70,10 @@ class Talk:
         self.spent = Spent()
         self.began_s = time.perf_counter()
         self._task: asyncio.Task[None] | None = None
+        self._outlet: Outlet | None = None
+        self._own = False  # the outlet is written to
+        self._gaps, self._last_s = array.array("f"), 0.0
+        self._held: list[bytes] = []  # while the door passes on what came before
 
     def begin(self, work: Any) -> asyncio.Task[None]:
         """Carry it out."""
@@ -78,11 +85,73 @@ class Talk:
         if self._task is not None:
             self._task.cancel()
 
+    def piece(self, text: bytes) -> bool:
+        """Send a piece of the answer; whether it goes through the door."""
+        if self._own:
+            assert self._outlet is not None
+            self._outlet.write(text)
+            now_s = time.perf_counter()
+            self._gaps.append(now_s - self._last_s)
+            self._last_s = now_s
+        elif self._outlet is not None:
+            self._held.append(text)
+        else:
+            self._through_door(text)
+            return True
+        return False
+
+    def offered(self, handle: int) -> None:
+        """The door offers the client's socket."""
+        if self._outlet is None:
+            self._outlet = Outlet(handle, overfull=self.cancel)
+            self.connection.send(Kind.READY, self.number, ())
+            self.connection.flush()
+        else:
+            os.close(handle)
+
+    def go(self, *, alone: bool) -> None:
+        """All that was sent before is with the client."""
+        held, self._held = b"".join(self._held), []
+        outlet = self._outlet
+        if outlet is None or self._own:
+            return
+        if alone:
+            self._own, self._last_s = True, time.perf_counter()
+            if held:
+                outlet.write(held)
+        else:
+            outlet.close()
+            self._outlet = None
+            if held:
+                self._through_door(held)
+                self.connection.flush()
+
+    async def finish(self) -> None:
+        """Wait until all that was sent has gone out."""
+        if self._outlet is None:
+            return
+        if self._own:
+            await self._outlet.drained()
+        else:  # the door has not answered yet
+            self.go(alone=False)
+
+    def leave(self) -> None:
+        """Give the client's socket back."""
+        if self._outlet is not None:
+            self._outlet.close()
+            self._outlet = None
+
+    def _through_door(self, text: bytes) -> None:
+        spent = self.spent
+        self.connection.send(Kind.PART, self.number, (spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens), text)
+
     def said(self, status: int) -> Said:
         """What it has come to."""
         spent = self.spent
         took_s = time.perf_counter() - self.began_s
-        return Said(status, spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, spent.queue_s, min(spent.first_s, took_s), took_s)
+        return Said(
+            status, spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, spent.queue_s, min(spent.first_s, took_s), took_s, self._gaps.tobytes()
+        )
 
 
 class Talks:
@@ -138,11 +207,15 @@ class Talks:
             talk.connection.said(talk.number, talk.said(CANCELLED))
 
     async def _stream(self, talk: Talk, answer: AsyncIterator[str]) -> None:
-        connection, number, spent = talk.connection, talk.number, talk.spent
-        async with aclosing(answer) as texts:  # type: ignore[type-var]
-            async for text in texts:
-                connection.send(Kind.PART, number, (spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens), text.encode())
-                self._touch(connection)
+        connection = talk.connection
+        try:
+            async with aclosing(answer) as texts:  # type: ignore[type-var]
+                async for text in texts:
+                    if talk.piece(text.encode()):
+                        self._touch(connection)
+            await talk.finish()
+        finally:
+            talk.leave()
 
     def _touch(self, connection: Connection) -> None:
         """Have it write what it was given, when all that is ready now has given it."""
