@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -94,11 +97,21 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close at once."""
         self.transport.abort()
 
+    def cut(self, last: bytes) -> None:
+        """Send a last piece, as far as the client takes it now, and close the connection, whoever else writes to it."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as held:
+            try:
+                held.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            finally:
+                held.shutdown(socket.SHUT_WR)  # another process may have it, too, and `close` alone would end nothing
+        self._answering.disconnected = True
+        self.transport.abort()
+
     @property
     def handle(self) -> int | None:
         """The socket, where what is written to it goes to the client as it is, in chunks; None over TLS."""
         transport = self.transport
-        if transport.get_extra_info("ssl_object") is not None or not self.cycle.chunked_encoding:
+        if transport.get_extra_info("ssl_object") is not None or not self._answering.chunked_encoding:
             return None
         return int(transport.get_extra_info("socket").fileno())
 
