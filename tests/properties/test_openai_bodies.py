@@ -40,6 +40,7 @@ FIELDS = {
     "stop": TEXT | st.lists(TEXT, max_size=3) | ANYTHING,
     "tools": ANYTHING,
     "logit_bias": st.dictionaries(st.text(max_size=3), st.floats(-100, 100), max_size=3) | ANYTHING,
+    "encoding_format": st.sampled_from(["float", "base64", "bytes", None]) | ANYTHING,
     "padding": st.sampled_from(["max_length", None]),
     **dict.fromkeys(["chat_template", "use_beam_search", "cache_salt", "request_id", "prompt_embeds"], st.sampled_from([None, "", False, "x", 1])),
 }

@@ -2,93 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
-import time
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import pytest
-from speakers import MODEL, FakeSpeaker, Parrot
+from openai_services import CHAT, COMPLETIONS, USER, Service, chat, completion, speaking, until
+from speakers import MODEL
 
-import headrace as hr
 from headrace.gateway.openai import asked
-from headrace.gateway.openai.opening import Opening
-from headrace.serving.bodies.openapi import contract
-from headrace.serving.door.app import Door
-from headrace.serving.door.server import DoorServer
-from headrace.serving.replica.server import ReplicaServer
-from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
+from headrace.serving.routes import Limits
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMITS = Limits(body_bytes=4 << 20, header_s=2.0)
-USER = {"role": "user", "content": "one two three"}
-
-
-@dataclass
-class Service:
-    """A door on a port before one replica, both in this process."""
-
-    server: DoorServer
-    speaker: FakeSpeaker
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def post(self, body: Any, path: str = CHAT, headers: Mapping[str, str] | None = None) -> httpx2.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx2.post(self.url + path, content=content, headers={"content-type": "application/json", **(headers or {})}, timeout=20)
-
-    def raw(self, data: bytes) -> bytes:
-        """All that comes back until the door closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
-            connection.sendall(data)
-            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
-
-
-@contextlib.contextmanager
-def speaking(limits: Limits = LIMITS, opening: Opening | None = None, **settings: Any) -> Iterator[Service]:
-    pipeline = hr.Pipeline("talk", Parrot(**settings))
-    replica = ReplicaServer(pipeline.stages, reads=pipeline.inputs, carries=pipeline.outputs, group="all", limits=limits, token="secret")
-    server = DoorServer(Door("talk"))
-    try:
-        host, port = replica.start()
-        group = GroupRoute("all", (Endpoint("one", host, port, token="secret", beside=replica.beside),))
-        here = server.start()
-        server.run((opening or Opening()).open(server.door))
-        server.call(server.door.update, Routes("talk", 1, (VersionRoute(1, 1.0, (group,), contract(pipeline)),), limits))
-        until(lambda: server.door.fleet.versions[1].pools[-1].usable)
-        yield Service(server, replica._talks.speaker, here)
-    finally:
-        server.stop(timeout_s=0.5)
-        replica.close()
-
-
-def until(holds: Any, *, within_s: float = 10.0) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, "never came true"
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with speaking() as running:
+    with speaking(LIMITS) as running:
         yield running
-
-
-def chat(**more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [USER], **more}
-
-
-def completion(**more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "one two three", **more}
 
 
 def deep(levels: int, start: Any = 1) -> Any:
@@ -330,7 +264,7 @@ def test_an_engines_refusal_is_passed_on_streamed_or_not(service: Service):
 
 
 def test_whoever_goes_away_is_no_longer_worked_for():
-    with speaking(words=100_000, word_s=0.001) as service:
+    with speaking(LIMITS, words=100_000, word_s=0.001) as service:
         for given_up, stream in enumerate((True, False), 1):
             body = json.dumps(chat(stream=stream)).encode()
             with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
@@ -343,7 +277,7 @@ def test_whoever_goes_away_is_no_longer_worked_for():
 
 
 def test_whoever_reads_nothing_is_cut_off_and_holds_up_nobody():
-    with speaking(words=10**9, word_s=0.0) as service:
+    with speaking(LIMITS, words=10**9, word_s=0.0) as service:
         long = {"role": "user", "content": "x" * 100_000}
         body = json.dumps(chat(messages=[long], stream=True)).encode()
         with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
@@ -353,7 +287,7 @@ def test_whoever_reads_nothing_is_cut_off_and_holds_up_nobody():
 
 
 def test_a_time_that_is_up_is_told_before_the_answer_and_within_it():
-    with speaking(words=100_000, word_s=0.01) as service:
+    with speaking(LIMITS, words=100_000, word_s=0.01) as service:
         answer = service.post(chat(), headers={"x-request-timeout": "0.3"})
         assert answer.status_code == 504 and told(answer)["code"] == "deadline_exceeded"
         body = json.dumps(chat(stream=True)).encode()

@@ -139,6 +139,8 @@ def _embedding(found: dict[str, Any]) -> tuple[int, Any, bool]:
     texts = _texts(found, "input")
     if texts > MOST_INPUTS:
         raise Refused(f"input has {texts:,} entries; at most {MOST_INPUTS:,} are allowed", "input")
+    if found.get("encoding_format") not in (None, "float", "base64"):
+        raise Refused(f"encoding_format must be float or base64, got {str(found['encoding_format'])[:40]!r}", "encoding_format")
     return texts, found["input"], False
 
 

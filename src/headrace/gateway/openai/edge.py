@@ -50,6 +50,7 @@ class Case:
     talk: Talk | None = None
     journey: Journey | None = None
     failure: Failure | None = None
+    declined: bool = False
     body: bytes = b""
 
 
@@ -121,7 +122,8 @@ class Edge:
         except Refused as refused:
             case.failure = refused.failure
         if case.failure is not None and not (case.talk is not None and case.talk.begun):
-            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if case.failure.status in (429, 503) else ()
+            waits = case.failure.status in (429, 503) and not case.declined
+            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if waits else ()
             await self._refuse(exchange, case.failure, *more)
         self._note(case)
 
@@ -144,7 +146,7 @@ class Edge:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
         case.exchange.also(admitted.headers)
         if isinstance(admitted, Declined):
-            case.failure = admitted.failure
+            case.failure, case.declined = admitted.failure, True  # with headers that say when to come back
             return
         try:
             await self._carry(case, question, head, deadline)
