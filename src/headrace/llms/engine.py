@@ -36,6 +36,7 @@ _SERVING = {
     COMPLETIONS: ("openai_serving_completion", "create_completion"),
     EMBEDDINGS: ("serving_embedding", "__call__"),
 }
+_TEMPLATED = ("documents", "reasoning_effort")  # fields of a chat that its template sees
 _SPENT: contextvars.ContextVar[Spent | None] = contextvars.ContextVar("spent", default=None)
 _KILLED = -9  # the exit code of a process that SIGKILL ended: whoever sent it was no row
 
@@ -210,18 +211,21 @@ class Engine:
         from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
         if "messages" in body:
-            forms = [TokenizeChatRequest.model_validate({"messages": body["messages"], "tools": body.get("tools")})]
+            told = {name: body[name] for name in _TEMPLATED if body.get(name) is not None}
+            given = {name: body[name] for name in TokenizeChatRequest.model_fields if name in body}
+            forms = [TokenizeChatRequest.model_validate({**given, "chat_template_kwargs": {**(body.get("chat_template_kwargs") or {}), **told}})]
         else:
             prompts = body.get("prompt", body.get("input"))
             texts = prompts if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)) else [prompts]
-            forms = [TokenizeCompletionRequest(prompt=text) for text in texts if isinstance(text, str)]
+            special = body.get("add_special_tokens", True)
+            forms = [TokenizeCompletionRequest(prompt=text, add_special_tokens=special) for text in texts if isinstance(text, str)]
         count = 0 if "messages" in body else sum(len(text) for text in texts if isinstance(text, list))
         for form in forms:
             form.model = self.config.name
-            told = await self._state.serving_tokenization.create_tokenize(form, None)
-            if not hasattr(told, "count"):
-                return _reply(told)
-            count += told.count
+            found = await self._state.serving_tokenization.create_tokenize(form, None)
+            if not hasattr(found, "count"):
+                return _reply(found)
+            count += found.count
         return Reply(200, json.dumps({"count": count}).encode())
 
     async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
