@@ -106,9 +106,12 @@ class Engine:
             create, kind = self._spoken(path)
             request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
             request.model, request.priority = self.config.name, priority
+            _ease(request)
             if request_id is not None:
                 request.request_id = request_id
             result = await create(request, None)
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # of which vLLM makes an answer with status 400
+                raise asyncio.CancelledError
         except (VLLMError, EngineGenerateError, TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, NotImplementedError) as error:
             result = create_error_response(error)
         except EngineDeadError:
@@ -316,6 +319,13 @@ async def _counted(outputs: AsyncIterator[Any], spent: Spent | None) -> AsyncIte
             yield output
     finally:
         await outputs.aclose()  # type: ignore[attr-defined]
+
+
+def _ease(request: Any) -> None:
+    """Have alternatives of a form that exclude each other in the schema only be alternatives; pydantic writes tagged unions so."""
+    form = getattr(getattr(request, "response_format", None), "json_schema", None)
+    if isinstance(schema := getattr(form, "json_schema", None), dict):
+        schema.setdefault("x-guidance", {"whitespace_flexible": False, "coerce_one_of": True})
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

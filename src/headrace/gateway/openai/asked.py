@@ -6,6 +6,7 @@ addresses that a server would fetch, and fields by which a client would choose w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MOST_INPUTS = 2048  # of embeddings
 MOST_DEPTH = 64  # of JSON in JSON
 MOST_BYTES_PER_TOKEN = 64  # of a prompt: longer ones do not fit, whatever the tokenizer makes of them
 MOST_NESTED = 1 << 18  # objects and lists of a body: reading more of them would hold up everybody else at this door
+MOST_FORM_BYTES = 256 << 10  # of the form that an answer is to have, and of tools
+MOST_FORM_ITEMS = 1 << 14  # that lists of such a form must or may have, all together
 BYTES_PER_TOKEN = 4  # of usual text
 TEMPLATE_TOKENS = 512  # that a chat template may say of its own
 COMPLETED_TOKENS = 16  # of a completion that does not say how many
@@ -38,7 +41,9 @@ _OURS = (
     "repetition_detection", "request_id", "session_id", "use_beam_search",
 )  # fmt: skip
 """Fields of the engine that are not for clients, unless they are empty."""
+_FORMS = ("response_format", "structured_outputs", "tools")
 _FETCHED = frozenset(("image_url", "video_url", "audio_url"))
+_ITEMS = ("minItems", "maxItems")
 _NESTED = frozenset((dict, list))
 _MEDIA = _FETCHED | {"audio_embeds", "image_embeds", "input_audio", "prompt_embeds", "video_embeds"}
 
@@ -100,6 +105,9 @@ def read(path: str, body: bytes, found: dict[str, Any], *, length: int) -> Asked
     for name in _OURS:
         if found.get(name):
             raise Refused(f"{name} is not for clients of this service: leave it out", name, code="unsupported_parameter")
+    for name in _FORMS:
+        if (given := found.get(name)) is not None:
+            _check_form(given, name)
     prompts, start, media = _READS[path](found)
     choices = prompts * (found.get("n") or 1) if path != EMBEDDINGS else prompts
     if choices > MOST_SEQUENCES and path == COMPLETIONS:
@@ -203,6 +211,30 @@ def _check_media(messages: Iterable[Any]) -> bool:
                 if name in _FETCHED and address is not None and not str(address)[:5].lower() == "data:":
                     raise Refused(f"{name} must be a data: URL; this service fetches nothing from addresses that it is given", "messages", code="invalid_url")
     return media
+
+
+def _check_form(given: Any, name: str) -> None:
+    """Refuse a form for answers that would take the engine long to make ready, while others wait."""
+    if len(orjson.dumps(given)) > MOST_FORM_BYTES:
+        raise Refused(f"{name} has more than {MOST_FORM_BYTES:,} bytes", name)
+    items, level = 0, [given]
+    while level:
+        for each in level:
+            if isinstance(each, dict):
+                items += sum(int(each[key]) for key in _ITEMS if isinstance(each.get(key), int | float))
+        level = [inner for each in level for inner in _inside(each)]
+    if items > MOST_FORM_ITEMS:
+        raise Refused(f"lists in {name} have minItems and maxItems of {items:,} in all; at most {MOST_FORM_ITEMS:,} are allowed", name)
+
+
+def _inside(each: Any) -> Iterable[Any]:
+    """What is in a part of a form, which may be JSON in a text itself."""
+    if isinstance(each, dict | list):
+        return each.values() if isinstance(each, dict) else each
+    if isinstance(each, str) and '"' in each:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return (orjson.loads(each),)
+    return ()
 
 
 def _check_depth(found: dict[str, Any]) -> None:
