@@ -51,7 +51,10 @@ class VersionRoute:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a service. `latency_s` is the latency target, from which waits for company and queues are derived."""
+    """Bounds of a service. `latency_s` is the latency target, from which waits for company and queues are derived.
+
+    `background` is the share of a language model's places that requests of the last class have beside better ones.
+    """
 
     body_bytes: int = 16 << 20
     rows: int = 4096
@@ -60,6 +63,7 @@ class Limits:
     header_s: float = 10.0
     body_s: float = 30.0
     connections: int = 12_000
+    background: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,8 @@ class DoorReport:
 
     `replicas` are the `wire.Stats` last heard of each replica, as maps; `hung` those that it has ejected because they no longer answer;
     `waiting` counts requests held because a group has no replica, by version and group; `metrics` is the door's own Prometheus text; `hops`
-    are the latencies of each version's groups, by `LATENCY_BOUNDS_S`.
+    are the latencies of each version's groups, and `paces` the times to first tokens and between tokens of each version that speaks, by
+    `LATENCY_BOUNDS_S`.
     """
 
     door: str
@@ -117,3 +122,4 @@ class DoorReport:
     waiting: dict[tuple[int, str], int] = field(default_factory=dict)
     metrics: str = ""
     hops: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    paces: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -49,11 +51,12 @@ class Link(asyncio.Protocol):
     __slots__ = (
         "_busy_hops", "_closed", "_decoder", "_ending", "_handover",
         "_loop", "_next", "_out", "_owner", "_task", "_transport", "busy_until", "clogged", "draining", "elsewhere",
-        "endpoint", "hops", "hung", "local", "ready", "retired", "slow", "stats", "unanswered",
+        "endpoint", "hops", "hung", "local", "ready", "retired", "seed", "slow", "stats", "unanswered",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, owner: Owner) -> None:
         self.endpoint = endpoint
+        self.seed = int.from_bytes(hashlib.blake2b(endpoint.replica.encode(), digest_size=8).digest())
         self.hops: dict[int, Hop] = {}
         self.stats: Stats | None = None
         self.busy_until = [0.0] * CLASSES
@@ -94,6 +97,7 @@ class Link(asyncio.Protocol):
         self.hops[number] = hop
         if (speaking := hop.speaking) is not None:
             asked = speaking.question
+            hop.sent_s = time.monotonic()
             ask = (asked.path, max(left_s, 0.0), asked.priority, asked.tokens, journey.request_id, journey.trace)
             self._write(encode(Kind.ASK, number, ask, hop.body))
             return

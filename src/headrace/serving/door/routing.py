@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from headrace.serving.door.journey import GONE, Hop
+from headrace.serving.door.journey import GONE, Hop, Journey
 from headrace.serving.door.link import LEAST_BUSY_S, MOST_BUSY_S, Link
 from headrace.serving.door.retries import UNSAID_DEATHS, Retries
 from headrace.serving.routes import Endpoint
@@ -26,6 +26,9 @@ MEMORY_S = 300.0  # of how long calls take
 
 NO_ROOM = Failure(429, "overloaded", "all replicas have as many requests as they can answer in time; try again later")
 CROWDED = Failure(503, "unavailable", "there is no replica yet, and as many requests as may wait for one do so")
+FULLER = 1.25  # times the mean load, up to which a replica gets the requests of its prefixes
+_MIXER, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # Fibonacci hashing
+
 MIRROR_LEFT = Failure(503, "unavailable", "there was no room for a mirrored request")
 BROKEN_OFF = Failure(503, "unavailable", "the replica was lost while it answered; what was sent of the answer is all there is of it")
 NO_BUDGET = Failure(503, "unavailable", "the replica was lost while it computed the request, and too many requests have been tried again lately")
@@ -105,7 +108,7 @@ class Pool:
         priority = hop.journey.priority
         first = self._first() if self._waiting else None
         if first is None or priority < first.journey.priority:
-            link = self._choose(priority, probe=not hop.journey.shadow)
+            link = self._choose(hop.journey, probe=not hop.journey.shadow)
             if link is not None:
                 link.send(hop)
                 return
@@ -124,7 +127,7 @@ class Pool:
             self._timer.cancel()
             self._timer = None
         while (hop := self._first()) is not None:
-            link = self._choose(hop.journey.priority)
+            link = self._choose(hop.journey)
             if link is None:
                 if self.usable:
                     self._timer = self._loop.call_later(PROBE_S, self.pump)
@@ -177,7 +180,7 @@ class Pool:
         if journey.shadow:
             hop.settle(MIRROR_LEFT)
             return
-        other = self._choose(journey.priority, probe=False) if hop.refusals % MOST_REFUSALS else None
+        other = self._choose(journey, probe=False) if hop.refusals % MOST_REFUSALS else None
         if other is not None:
             other.send(hop)
         elif journey.patient or not self.usable:
@@ -331,16 +334,22 @@ class Pool:
             heapq.heappop(waiting)
         return None
 
-    def _choose(self, priority: int, *, probe: bool = True) -> Link | None:
-        """The better of two replicas that have room; if none has, any, now and then, to see whether that is still so."""
+    def _choose(self, journey: Journey, *, probe: bool = True) -> Link | None:
+        """The better of two replicas that have room; if none has, any, now and then, to see whether that is still so.
+
+        Requests of the same prefix go to the same replica, which has it in its cache (rendezvous hashing), unless it has clearly more to do
+        than the others.
+        """
         usable = self.usable
         if not usable:
             return None
         now = self._loop.time()
-        room = [link for link in usable if link.busy_until[priority] <= now]
+        room = [link for link in usable if link.busy_until[journey.priority] <= now]
         if room:
             if len(room) == 1:
                 return room[0]
+            if journey.prefix is not None and (home := self._home(room, journey.prefix)) is not None:
+                return home
             at = int(random.random() * len(room))  # noqa: S311
             one, other = room[at], room[at - 1 - int(random.random() * (len(room) - 1))]  # noqa: S311
             return one if one.load() <= other.load() else other
@@ -348,6 +357,12 @@ class Pool:
             self._probed = now
             return random.choice(usable)  # noqa: S311
         return None
+
+    @staticmethod
+    def _home(room: list[Link], prefix: int) -> Link | None:
+        """The replica of a prefix, if it is not much fuller than the others."""
+        home = max(room, key=lambda link: ((link.seed ^ prefix) * _MIXER) & _MASK)
+        return home if home.load() <= FULLER * sum(link.load() for link in room) / len(room) + 1 else None
 
     def _settle_usable(self) -> None:
         self.usable = [link for link in self.links.values() if link.usable]

@@ -85,7 +85,7 @@ class ReplicaServer:
         self._turns_s = sys.getswitchinterval()
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
         speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
-        self._talks = None if speaker is None else Talks(speaker)
+        self._talks = None if speaker is None else Talks(speaker, background=limits.background)
         self._anteroom = None if speaker is None else Anteroom(token)
 
     def warm_up(self, row: Mapping[str, Any] | None = None) -> None:

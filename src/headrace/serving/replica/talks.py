@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import math
 import os
 import sys
 import time
@@ -31,6 +32,9 @@ CANCELLED = 499
 _OVER = 4.0  # tokens let in, over what the engine has room for: what waits is short of none when others end
 _LEAST_S, _MOST_S = 0.05, 30.0  # to ask again in
 _RECENT = 64  # ends of requests, from which their rate is read
+_SPARE = 8  # of so many places one is kept free of background requests
+_CALM_S = 1.0  # after the last better request has ended
+_FULL = 0.8  # of the engine's memory for tokens in use: no background requests beyond that
 _PATIENCE = 0.5  # of the time a request has, how much of it may pass in waiting
 
 
@@ -62,7 +66,10 @@ def speaker_of(stations: Iterable[Iterable[Any]]) -> Speaker | None:
 class Talk:
     """A request under way. A streamed answer goes through its door, or, once that has agreed, by an outlet of its own."""
 
-    __slots__ = ("_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "began_s", "connection", "left_s", "number", "question", "request_id", "spent")
+    __slots__ = (
+        "_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "_timed", "_written", "began_s", "begun", "connection", "given_back", "left_s", "number",
+        "question", "request_id", "spent",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
         self.connection, self.number, self.question = connection, number, question
@@ -70,9 +77,11 @@ class Talk:
         self.spent = Spent()
         self.began_s = time.perf_counter()
         self._task: asyncio.Task[None] | None = None
+        self.begun = self.given_back = False
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
-        self._gaps, self._last_s = array.array("f"), 0.0
+        self._gaps, self._last_s, self._timed = array.array("f"), 0.0, 0
+        self._written = 0
         self._held: list[bytes] = []  # while the door passes on what came before
 
     def begin(self, work: Any) -> asyncio.Task[None]:
@@ -87,12 +96,15 @@ class Talk:
 
     def piece(self, text: bytes) -> bool:
         """Send a piece of the answer; whether it goes through the door."""
+        self.begun = True
         if self._own:
             assert self._outlet is not None
             self._outlet.write(text)
-            now_s = time.perf_counter()
-            self._gaps.append(now_s - self._last_s)
-            self._last_s = now_s
+            self._written += len(text)
+            if self.spent.completion_tokens > self._timed:  # other pieces only say why it ends
+                now_s = time.perf_counter()
+                self._gaps.append(now_s - self._last_s)
+                self._last_s, self._timed = now_s, self.spent.completion_tokens
         elif self._outlet is not None:
             self._held.append(text)
         else:
@@ -116,9 +128,10 @@ class Talk:
         if outlet is None or self._own:
             return
         if alone:
-            self._own, self._last_s = True, time.perf_counter()
+            self._own, self._last_s, self._timed = True, time.perf_counter(), self.spent.completion_tokens
             if held:
                 outlet.write(held)
+                self._written += len(held)
         else:
             outlet.close()
             self._outlet = None
@@ -145,6 +158,12 @@ class Talk:
         spent = self.spent
         self.connection.send(Kind.PART, self.number, (spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens), text)
 
+    def give_back(self) -> None:
+        """Others go first: it is not computed here."""
+        if not self.given_back:
+            self.given_back = True
+            self.cancel()
+
     def said(self, status: int) -> Said:
         """What it has come to."""
         spent = self.spent
@@ -159,21 +178,29 @@ class Talks:
 
     A request is let in while the engine has a free place; beyond that, as long as it can expect to begin before half of its time is over, and
     the tokens of all together are at most `_OVER` times what the engine has room for. Others are refused at once, with the time to ask again.
+
+    Background requests, those of the last class, have places of their own: nearly all while nothing better is asked; while something is, and
+    shortly after, the share `background`, and none while better ones wait or memory is short. Those that are too many when a better one comes
+    are given back, the last ones first: whoever asks for them asks again. The engine does not take back a place that it has given.
     """
 
-    def __init__(self, speaker: Speaker) -> None:
+    def __init__(self, speaker: Speaker, *, background: float) -> None:
         self.speaker = speaker
-        self._under_way: set[Talk] = set()
+        self._under_way: dict[Talk, None] = {}  # in the order in which they came
+        self._background = 0  # of these, those of the last class
+        self._calm_at = 0.0  # when nothing better will have been asked for a while
         self._names: set[str] = set()
         self._tokens = 0
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self._touched: set[Connection] = set()
         bounds = speaker.figures()
         self._places, self._room = int(bounds["sequences"]), int(bounds["capacity"])
+        self._beside = max(1, round(background * self._places))  # background requests, while there are better ones
+        self._alone = max(1, self._places - self._places // _SPARE)
 
     def figures(self) -> dict[str, float]:
-        """The engine's figures, and how many background requests more it would take. May be called from any thread."""
-        return {**self.speaker.figures(), "background_room": float(self._background_room())}
+        """The engine's figures, and how many background requests there are, and more it would take. May be called from any thread."""
+        return {**self.speaker.figures(), "background": float(self._background), "background_room": float(self._background_room())}
 
     def take(self, connection: Connection, number: int, question: Question, body: bytes, *, left_s: float, request_id: str) -> None:
         """A request came: let it in, or refuse it."""
@@ -185,7 +212,12 @@ class Talks:
             request_id = f"{request_id}-{number}"
         talk = Talk(connection, number, question, left_s, request_id)
         connection.talks[number] = talk
-        self._under_way.add(talk)
+        self._under_way[talk] = None
+        if question.priority == LEAST_PRIORITY:
+            self._background += 1
+        else:
+            self._calm_at = math.inf
+            self._make_way()
         self._names.add(request_id)
         self._tokens += question.tokens
         talk.begin(self._carry(talk, body)).add_done_callback(lambda task: self._end(talk, task))
@@ -203,8 +235,8 @@ class Talks:
             talk.connection.said(talk.number, talk.said(EXPIRED.status))
         except EngineLostError:
             talk.connection.refuse(talk.number, LOST)
-        except asyncio.CancelledError:  # nobody else cancels it than who asked
-            talk.connection.said(talk.number, talk.said(CANCELLED))
+        except asyncio.CancelledError:  # by who asked, or in favour of others
+            self._part(talk)
 
     async def _stream(self, talk: Talk, answer: AsyncIterator[str]) -> None:
         connection = talk.connection
@@ -229,7 +261,11 @@ class Talks:
             connection.flush()
 
     def _end(self, talk: Talk, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(talk)
+        del self._under_way[talk]
+        if talk.question.priority == LEAST_PRIORITY:
+            self._background -= 1
+        elif len(self._under_way) == self._background:
+            self._calm_at = time.perf_counter() + _CALM_S
         self._names.discard(talk.request_id)
         self._tokens -= talk.question.tokens
         self._ends.append(time.perf_counter())
@@ -237,8 +273,23 @@ class Talks:
             traceback.print_exception(error, file=sys.stderr)
             talk.connection.refuse(talk.number, BROKEN)
         elif talk.number in talk.connection.talks:  # cancelled before its first step
-            talk.connection.said(talk.number, talk.said(CANCELLED))
+            self._part(talk)
         self._touch(talk.connection)
+
+    def _part(self, talk: Talk) -> None:
+        """Tell what became of a request that was cancelled."""
+        if talk.given_back:
+            talk.connection.refuse(talk.number, Busy(_LEAST_S))
+        else:
+            talk.connection.said(talk.number, talk.said(CANCELLED))
+
+    def _make_way(self) -> None:
+        """Give background requests back that are too many beside better ones. One that has begun to answer stays."""
+        excess = self._background - self._beside
+        if excess > 0:
+            last = [talk for talk in reversed(self._under_way) if talk.question.priority == LEAST_PRIORITY and not talk.begun]
+            for talk in last[:excess]:
+                talk.give_back()
 
     def _full_s(self, question: Question, left_s: float) -> float | None:
         """How long until there may be room for a request; None if there is."""
@@ -264,4 +315,9 @@ class Talks:
 
     def _background_room(self) -> int:
         """How many background requests it would take beside what it has."""
-        return max(0, self._places - len(self._under_way) - max(1, self._places // 8))
+        better = len(self._under_way) - self._background
+        if better >= self._places:
+            return 0  # some of them wait
+        calm = not better and time.perf_counter() >= self._calm_at
+        room = min((self._alone if calm else self._beside) - self._background, self._places - len(self._under_way))
+        return room if room > 0 and self.speaker.figures().get("kv_cache", 0.0) < _FULL else 0
