@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 import orjson
 
@@ -76,7 +75,7 @@ class Edge:
     async def _show_models(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         if method not in ("GET", "HEAD"):
             raise Refused(f"{method[:20]} is not allowed here", status=405, code="method_not_allowed")
-        name = unquote(path.removeprefix("/v1/models").lstrip("/"))
+        name = path.removeprefix("/v1/models").lstrip("/")
         allowed = caller.models
         if name and allowed is not None and name not in allowed:
             raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
@@ -107,7 +106,8 @@ class Edge:
         except Refused as refused:
             case.failure = refused.failure
         if case.failure is not None and not (case.talk is not None and case.talk.begun):
-            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if case.failure.status in (429, 503) else ()
+            waits = case.failure.status in (429, 503) and not case.declined
+            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if waits else ()
             await self._refuse(exchange, case.failure, *more)
         note(self.door, case)
 
@@ -130,7 +130,7 @@ class Edge:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
         case.exchange.also(admitted.headers)
         if isinstance(admitted, Declined):
-            case.failure = admitted.failure
+            case.failure, case.declined = admitted.failure, True  # with headers that say when to come back
             return
         try:
             await self._carry(case, question, head, deadline)

@@ -27,7 +27,10 @@ _GONE = 499
 
 @dataclass(slots=True)
 class Case:
-    """A request for an answer of a model: who asks, what, of which version; and what became of it. `read_s` is when its body was there."""
+    """A request for an answer of a model: who asks, what, of which version; and what became of it.
+
+    `read_s` is when its body was there, `declined` whether its key has not enough left for it.
+    """
 
     exchange: Exchange
     path: str
@@ -38,6 +41,7 @@ class Case:
     talk: Talk | None = None
     journey: Journey | None = None
     failure: Failure | None = None
+    declined: bool = False
     body: bytes = b""
     read_s: float = 0.0
 

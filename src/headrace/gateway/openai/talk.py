@@ -117,7 +117,8 @@ class Talk:
         if isinstance(outcome, Failure):
             await self._break_off(outcome)
         else:
-            said = self._said = outcome[0]
+            said, self._direct = outcome[0], False  # the replica has given the socket back
+            self._said = said
             self._exchange.bytes_out += said.written
             if self.begun:
                 if said.status != 200:
@@ -140,10 +141,13 @@ class Talk:
 
     async def _break_off(self, failure: Failure) -> None:
         """End a stream that had begun with what went wrong."""
-        if self._direct and failure.status != 504:  # nobody knows how much of a piece the replica has written
-            self._exchange.cut_off()
-        elif self.begun and failure is not GONE:
-            await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)
+        if not self.begun or failure is GONE:
+            return
+        last = refusals.event(failure) + _LAST
+        if self._direct:  # the replica may have been in the middle of a piece, which no client takes for a whole one then
+            self._exchange.cut_off(last)
+        else:
+            await self._exchange.send_piece(last, more=False)
 
 
 class Whole:

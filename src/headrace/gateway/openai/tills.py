@@ -67,7 +67,7 @@ class Till:
         try:
             result = await self.teller.reserve(caller.account, model, prompt_tokens=prompt_tokens, max_tokens=completion_tokens)
         except AccountsError:
-            return Declined(AWAY, (), tight=False)
+            return Declined(AWAY, ((b"retry-after", b"1"),), tight=False)
         rates = tuple((name.encode(), value.encode()) for name, value in result.rates.headers().items())
         return Admitted(result, rates) if isinstance(result, Grant) else _declined(result, rates)
 

@@ -222,5 +222,7 @@ def _failures(document: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterable
 
 def _paths(document: Mapping[str, Any], path: str) -> Iterable[tuple[str, str]]:
     for other, operations in document["paths"].items():
-        if other != path:
+        if "post" in operations and other != path:
+            yield f"POST {_code(other)}", _text(operations["post"]["summary"])
+        elif "get" in operations and "{" not in other:
             yield f'<a href="{_text(other)}">{_safe(other)}</a>', _text(operations["get"]["summary"])

@@ -10,6 +10,7 @@ import orjson
 from headrace.arrays import table
 from headrace.columns import ColumnType
 from headrace.pipeline import Pipeline
+from headrace.serving.bodies import openai
 from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.bodies.docs import page
 from headrace.serving.routes import Limits
@@ -117,6 +118,10 @@ def document(contract: Mapping[str, Any], limits: Limits, *, keys: bool) -> dict
             "responses": {str(status): _failure(status) for status in sorted({status for status, _ in _CODES.values()})},
         },
     }
+    if (speech := contract.get("speech")) is not None:
+        made["paths"] |= openai.paths(speech)
+        made["components"]["schemas"] |= openai.schemas(speech, name)
+        made["components"]["responses"] |= openai.responses()
     if keys:
         made["security"] = [{"bearer": []}, {"header": []}]
         made["components"]["securitySchemes"] = {
@@ -260,4 +265,5 @@ def _drop_unauthorized(made: dict[str, Any]) -> None:
     for operations in made["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("401", None)
+    made["components"]["responses"].pop("OpenAI401", None)
     del made["components"]["responses"]["401"], made["components"]["headers"]["WWW-Authenticate"]

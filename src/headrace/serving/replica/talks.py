@@ -208,7 +208,7 @@ class Talks:
         if full_s is not None:
             connection.refuse(number, Busy(full_s))
             return
-        if request_id in self._names:  # clients name requests as they like; the engine must not see a name twice
+        while request_id in self._names:  # clients name requests as they like; the engine must not see a name twice
             request_id = f"{request_id}-{number}"
         talk = Talk(connection, number, question, left_s, request_id)
         connection.talks[number] = talk
