@@ -8,13 +8,16 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-llm check bench faults docs clean
+.PHONY: help demo llm-demo test test-llm check bench faults docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+llm-demo: .venv/.ready-llm ## Serve a tiny language model on this CPU, and talk to it with OpenAI's client
+	$(BIN)/python tools/llm_demo.py
 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
 	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"

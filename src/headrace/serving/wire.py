@@ -119,6 +119,7 @@ class Said:
     first_s: float = 0.0
     took_s: float = 0.0
     gaps: bytes = b""
+    written: int = 0
 
 
 @dataclass(frozen=True, slots=True)

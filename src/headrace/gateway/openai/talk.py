@@ -118,6 +118,7 @@ class Talk:
         else:
             self.said = outcome[0]
             self.gaps_s += array.array("f", self.said.gaps)
+            self._exchange.bytes_out += self.said.written
             if self.begun:
                 if self.said.status != 200:
                     await self._break_off(Failure(self.said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))

@@ -73,6 +73,7 @@ class Talk:
         "_outlet",
         "_own",
         "_task",
+        "_written",
         "began_s",
         "begun",
         "connection",
@@ -94,6 +95,7 @@ class Talk:
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
         self._gaps, self._last_s = array.array("f"), 0.0
+        self._written = 0
         self._held: list[bytes] = []  # while the door passes on what came before
 
     def begin(self, work: Any) -> asyncio.Task[None]:
@@ -112,6 +114,7 @@ class Talk:
         if self._own:
             assert self._outlet is not None
             self._outlet.write(text)
+            self._written += len(text)
             now_s = time.perf_counter()
             self._gaps.append(now_s - self._last_s)
             self._last_s = now_s
@@ -141,6 +144,7 @@ class Talk:
             self._own, self._last_s = True, time.perf_counter()
             if held:
                 outlet.write(held)
+                self._written += len(held)
         else:
             outlet.close()
             self._outlet = None
