@@ -14,11 +14,11 @@ from headrace.gateway.openai import refusals
 from headrace.gateway.openai.asked import Asked
 from headrace.gateway.openai.models import Models, length_of, speech
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Talk
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
 from headrace.serving.door.exchange import CLOSE
 from headrace.serving.door.journey import EXPIRED, Journey
+from headrace.serving.door.talk import Talk
 from headrace.serving.wire import Content, Failure, Question, Said
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
 
@@ -157,7 +157,7 @@ class Edge:
     async def _count(self, case: Case, head: heads.Head, deadline: float) -> int | None:
         """How many tokens the prompt has exactly, as a replica counts it; None where it cannot be asked."""
         assert case.version is not None
-        counting = Talk(Question(TOKENIZE, 0, 0), case.exchange)
+        counting = Talk(Question(TOKENIZE, 0, 0), case.exchange, broken=refusals.last)
         journey = self._journey(case, head, deadline)
         outcome = await journey.ask(case.version.pools[-1], case.body, counting)
         if isinstance(outcome, Failure) or outcome[0].status != 200:
@@ -177,7 +177,7 @@ class Edge:
         version, exchange = case.version, case.exchange
         assert version is not None
         case.journey = journey = self._journey(case, head, deadline)
-        talk = case.talk = Talk(question, exchange)
+        talk = case.talk = Talk(question, exchange, broken=refusals.last)
         version.report.in_flight += 1
         number = (b"x-headrace-version", b"%d" % version.number)
         try:

@@ -1,13 +1,15 @@
-"""One request of OpenAI's interface on its way through a door: to a replica, and piece by piece back."""
+"""One request to a language model on its way through a door: to a replica, and piece by piece back."""
 
 from __future__ import annotations
 
 import array
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from headrace.gateway.openai import refusals
+import orjson
+
 from headrace.serving.door.journey import GONE
 from headrace.serving.wire import Failure, Question, Said
 
@@ -19,11 +21,10 @@ _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _UNCACHED = (b"cache-control", b"no-cache")
 _OFFERED = (2, 32, 256)
 """After so many pieces the replica is offered to go on by itself: short answers are not worth it, and a client may have been slow before."""
-_LAST = b"data: [DONE]\n\n"
 
 
 class Talk:
-    """A request, and what has come of it so far.
+    """A request, and what has come of it so far. `broken` writes the end of a stream that fails after it had begun.
 
     `begun` says whether a piece of a streamed answer has come. `first_s` and `gaps_s` are times as a client sees them, from the request's first
     byte to the first piece, and between pieces. `said` is what the replica told at the end, of a request that was given up, too, if anything.
@@ -31,6 +32,7 @@ class Talk:
 
     __slots__ = (
         "_began_s",
+        "_broken",
         "_direct",
         "_exchange",
         "_journey",
@@ -47,8 +49,9 @@ class Talk:
         "said",
     )
 
-    def __init__(self, question: Question, exchange: Exchange) -> None:
+    def __init__(self, question: Question, exchange: Exchange, *, broken: Callable[[Failure], bytes]) -> None:
         self.question = question
+        self._broken = broken
         self.begun = False
         self.first_s: float | None = None
         self.gaps_s: list[float] = []
@@ -95,9 +98,9 @@ class Talk:
         if not self.parting.done():
             self.parting.set_result(said)
 
-    # For the edge
+    # For who answers the client
 
-    async def run(self, journey: Journey, place: Place, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
+    async def run(self, journey: Journey, place: Place, body: bytes | memoryview, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
         """Ask, and stream what comes in pieces; the outcome, and for an answer that is not streamed its body, which is still to be sent."""
         self._exchange.stop_with_client(journey)
         self._journey = journey
@@ -116,12 +119,12 @@ class Talk:
         if isinstance(outcome, Failure):
             await self._break_off(outcome)
         else:
-            self.said = outcome[0]
+            self.said, self._direct = outcome[0], False  # the replica has given the socket back
             self.gaps_s += array.array("f", self.said.gaps)
             self._exchange.bytes_out += self.said.written
             if self.begun:
                 if self.said.status != 200:
-                    await self._break_off(Failure(self.said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))
+                    await self._break_off(failure_of(*outcome))
                 else:
                     await self._exchange.send_piece(b"", more=False)
         return outcome
@@ -143,4 +146,12 @@ class Talk:
         if self._direct and failure.status != 504:  # nobody knows how much of a piece the replica has written
             self._exchange.cut_off()
         elif self.begun and failure is not GONE:
-            await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)
+            await self._exchange.send_piece(self._broken(failure), more=False)
+
+
+def failure_of(said: Said, answer: memoryview) -> Failure:
+    """Why an answer that had begun was not finished, as its replica says it."""
+    if not answer:
+        return Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete")
+    code, message = orjson.loads(answer)
+    return Failure(said.status, code, message)
