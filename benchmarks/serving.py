@@ -25,10 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def contenders(kind: str, path: str, port: int, arguments: argparse.Namespace, f
 
 
 @contextlib.contextmanager
-def served(contender: Contender, url: str, body: bytes, folder: Path) -> Iterator[list[psutil.Process]]:
-    """The contender's processes, once it answers; ended at the end, and what they have left behind as well."""
+def served(contender: Contender, ready: Callable[[], bool], folder: Path, *, patience_s: float = 180) -> Iterator[list[psutil.Process]]:
+    """The contender's processes, once it is ready; ended at the end, and what they have left behind as well."""
     processes: list[subprocess.Popen[bytes]] = []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(APPS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -117,7 +117,7 @@ def served(contender: Contender, url: str, body: bytes, folder: Path) -> Iterato
         with log.open("wb") as out:
             for command, variables in contender.commands:
                 processes.append(subprocess.Popen(command, env=environment | variables, stdout=out, stderr=subprocess.STDOUT, cwd=folder))
-        wait(url, body, contender, processes, log)
+        wait(ready, patience_s, contender, processes, log)
         family = tree(processes)
         yield family
     finally:
@@ -142,20 +142,26 @@ def tree(processes: Sequence[subprocess.Popen[bytes]]) -> list[psutil.Process]:
     return found
 
 
-def wait(url: str, body: bytes, contender: Contender, processes: Sequence[subprocess.Popen[bytes]], log: Path) -> None:
-    """Until the contender answers as it should."""
-    until = time.monotonic() + 180
+def answers(url: str, body: bytes, contender: Contender) -> bool:
+    """Whether the contender answers as it should; raises OSError where it does not answer at all."""
     request = urllib.request.Request(url, body, {"content-type": "application/json", **contender.headers})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return answer.status == 200 and "text" in json.loads(answer.read())
+
+
+def wait(ready: Callable[[], bool], patience_s: float, contender: Contender, processes: Sequence[subprocess.Popen[bytes]], log: Path) -> None:
+    """Until the contender is ready, which raises OSError while it does not answer."""
+    until, why = time.monotonic() + patience_s, "it has ended"
     while time.monotonic() < until:
         if any(process.poll() is not None for process in processes):
             break
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                if answer.status == 200 and "text" in json.loads(answer.read()):
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    raise RuntimeError(f"{contender.name} does not answer:\n{log.read_text()[-3000:]}")
+            if ready():
+                return
+        except OSError as error:
+            why = str(error)
+        time.sleep(0.3)
+    raise RuntimeError(f"{contender.name} does not answer ({why}):\n{log.read_text()[-3000:]}")
 
 
 def cpu_s(processes: Sequence[psutil.Process]) -> float:
@@ -271,7 +277,7 @@ def main() -> None:
                 (port,) = free_ports(1)
                 for contender in contenders(kind, path, port, arguments, Path(name)):
                     url = f"http://127.0.0.1:{port}{path}"
-                    with served(contender, url, bodies[0], Path(name)) as processes:
+                    with served(contender, partial(answers, url, bodies[0], contender), Path(name)) as processes:
                         figures = drive(url, bodies, contender, processes, loads, arguments.seconds)
                     rounds.setdefault(contender.name, []).append(figures)
                     for label, one in figures.items():

@@ -23,10 +23,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from headrace.errors import HeadraceError, RunError, ServingError, StoppedError
 from headrace.hardware import Cluster
 from headrace.on_ray import cluster, compat, deployments
+from headrace.on_ray.backstage import Backstage
 from headrace.on_ray.control import Charge, Control
 from headrace.on_ray.deploying import Bounds, Change, Deployment, Tell, get, happenings
 from headrace.on_ray.doors import FrontDoor, Listening, Opening
-from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
+from headrace.on_ray.naming import BACKSTAGE, NAMESPACE, control_name, control_of, door_name
 from headrace.pipeline import Pipeline
 from headrace.serving import place
 from headrace.serving.bodies import openapi
@@ -182,6 +183,8 @@ def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, sto
     _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca, face.guarded))
     listening = Listening(name, face.host, port, face.tls, logs if face.log else None, face.opening)
     doors = [_actor(FrontDoor, door_name(name, number), 4).remote(listening, number) for number in range(face.doors)]
+    if face.opening is not None and face.opening.works:
+        doors.append(_actor(Backstage, door_name(name, BACKSTAGE), 4).remote(name, BACKSTAGE, face.opening))
     try:
         deployments.start_serve()
         get([door.listens.remote() for door in doors], timeout_s=_START_S)

@@ -118,7 +118,8 @@ class Said:
     """Of an answer to a `Question`: its HTTP status, tokens, and times as the replica saw them.
 
     `cached_tokens` are those of the prompt that the engine had computed before. `queue_s` is from arrival to the engine's first step with it,
-    `first_s` from arrival to the first token, `took_s` to the end.
+    `first_s` from arrival to the first token, `took_s` to the end; `gaps` are the seconds between tokens of what the replica wrote to the client
+    itself, as 32-bit floats.
     """
 
     status: int

@@ -53,6 +53,12 @@ class Asked:
     choices: int
     prefix: int
 
+    def answer_tokens(self, path: str, length: int) -> int:
+        """How many tokens the answer of a model of this context length may have."""
+        if path == EMBEDDINGS:
+            return 0
+        return self.completion_tokens if self.completion_tokens is not None else length
+
 
 def parse(body: bytes) -> dict[str, Any]:
     """The body as an object.

@@ -58,6 +58,8 @@ class Models:
         Raises:
             Refused: none answers, as while the first version starts.
         """
+        if not self.mixes() and self._fleet.versions:
+            raise Refused("no pipeline of this service is a language model", status=404, code="not_found")
         if not any(mix.weighted for mix in self.mixes().values()):
             raise Refused("no model answers requests at the moment", status=503, code="unavailable")
         only = None if allowed is None else set(allowed)
@@ -87,6 +89,12 @@ def speech(version: Version) -> dict[str, Any]:
     """What a version's contract says of the model that it speaks for; nothing if it does not."""
     found: dict[str, Any] = version.route.contract.get("speech") or {}
     return found
+
+
+def billed_as(name: str, version: Version, allowed: Iterable[str] | None) -> str:
+    """The model that a request is booked under which asked for `name`: the version's own, unless that name is one that the key was `allowed`."""
+    own: str = speech(version)["model"]
+    return name if allowed is not None and name in allowed else own
 
 
 def length_of(version: Version) -> int:

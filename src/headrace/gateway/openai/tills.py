@@ -75,6 +75,10 @@ class Till:
         """Book what a request has come to; done in the background, and by `close` at the latest."""
         self._start(self._settle(admitted.grant, talk, status, took_s))
 
+    def give_back(self, grant: Grant) -> None:
+        """Undo a reservation of which nothing was used; done in the background, and by `close` at the latest."""
+        self._start(self._give_back(grant))
+
     async def close(self) -> None:
         """Wait until all is booked."""
         if self._tasks:
@@ -97,6 +101,9 @@ class Till:
             took_s=took_s,
         )
         await self.teller.settle(grant, used)
+
+    async def _give_back(self, grant: Grant) -> None:
+        await self.teller.release(grant)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -111,9 +111,21 @@ class Door:
         """What control is to know."""
         fleet = self.fleet
         self._gauge()
+        metrics = self.metrics
         return DoorReport(
-            self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
+            self.name,
+            fleet.reports(),
+            fleet.replicas(),
+            fleet.hung(),
+            fleet.waiting(),
+            metrics=metrics.text().decode(),
+            hops=metrics.hops(),
+            paces=metrics.paces(),
         )
+
+    def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
+        """Take what control answers to a report: the Prometheus texts of the other doors, and what `/status` says of the whole service."""
+        self.peers, self.snapshot = peers, snapshot
 
     def status(self) -> dict[str, Any]:
         """What `/status` answers: what the snapshot says of the whole service, and this door's own figures."""
@@ -165,15 +177,17 @@ class Door:
             await asyncio.to_thread(self.traces.close)
 
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
-        if self.fleet.routes is None and path not in OPEN:  # nor is it known whether keys are asked for
-            await self._refuse(exchange, _NOTHING_YET, _SOON)
-            return
-        caller = ANYBODY if path in OPEN else await admitted(exchange.found, self.keys, self.doorman)
+        caller: Caller | Failure
+        if path in OPEN:
+            caller = ANYBODY
+        elif self.fleet.routes is None:  # nor is it known whether keys are asked for
+            caller = _NOTHING_YET
+        else:
+            caller = await admitted(exchange.found, self.keys, self.doorman)
         if self.edge is not None and path.startswith("/v1/"):
             await self.edge.answer(exchange, method, path, caller)
-            return
-        if isinstance(caller, Failure):
-            await self._refuse(exchange, caller, _CHALLENGE)
+        elif isinstance(caller, Failure):
+            await self._refuse(exchange, caller, _CHALLENGE if caller.status == 401 else _SOON)
         else:
             await self._answer_caller(exchange, method, path, caller)
 
@@ -250,3 +264,4 @@ class Door:
             for pool in version.pools:
                 self.metrics.replicas(version.number, pool.group, len(pool.usable))
         self.metrics.connections(self.connections)
+        self.metrics.engines(self.fleet.engines())

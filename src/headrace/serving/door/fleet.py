@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.serving.door.journey import GONE, MOVED
@@ -139,6 +139,11 @@ class Fleet:
     def replicas(self) -> dict[str, dict[str, Any]]:
         """What was last heard of each replica."""
         return {link.endpoint.replica: dataclasses.asdict(link.stats) for pool in self._pools() for link in pool.links.values() if link.stats is not None}
+
+    def engines(self) -> dict[tuple[int, str], Mapping[str, float]]:
+        """What was last heard of the engines of language models, by version and replica."""
+        links = [(pool.version, link) for pool in self._pools() for link in pool.links.values()]
+        return {(version, link.endpoint.replica): link.stats.engine for version, link in links if link.stats is not None and link.stats.engine is not None}
 
     def hung(self) -> tuple[str, ...]:
         """The replicas that are ejected."""

@@ -92,7 +92,7 @@ class DoorServer:
         server.should_exit = True
 
     def _run(self, server: uvicorn.Server, listening: socket.socket) -> None:
-        with asyncio.Runner(loop_factory=_new_loop()) as runner:
+        with asyncio.Runner(loop_factory=new_loop()) as runner:
             runner.run(self._serve(server, listening))
 
     async def _serve(self, server: uvicorn.Server, listening: socket.socket) -> None:
@@ -177,7 +177,8 @@ def raise_file_limit() -> int:
     return max(1, soft - SPARE_FILES)
 
 
-def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+def new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes an event loop: uvloop's, where that is installed."""
     try:
         import uvloop
     except ImportError:  # it is an extra on some platforms

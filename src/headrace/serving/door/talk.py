@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import time
 from collections.abc import Callable
@@ -12,10 +11,12 @@ import orjson
 
 from headrace.serving.door.journey import GONE
 from headrace.serving.wire import Failure, Question, Said
+from headrace.speech import TOKENIZE
 
 if TYPE_CHECKING:
     from headrace.serving.door.exchange import Exchange
     from headrace.serving.door.journey import Journey, Place
+    from headrace.serving.watch.speech import Spoken
 
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _UNCACHED = (b"cache-control", b"no-cache")
@@ -26,38 +27,26 @@ _OFFERED = (2, 32, 256)
 class Talk:
     """A request, and what has come of it so far. `broken` writes the end of a stream that fails after it had begun.
 
-    `begun` says whether a piece of a streamed answer has come. `first_s` and `gaps_s` are times as a client sees them, from the request's first
-    byte to the first piece, and between pieces. `said` is what the replica told at the end, of a request that was given up, too, if anything.
+    `begun` says whether a piece of a streamed answer has come, and `first_s` is the time from the request's first byte to it; it and the times
+    between pieces that bring tokens are counted in `spoken` as they come, as long as they come through here. `parting` is what the replica says
+    of a request that was given up.
     """
 
     __slots__ = (
-        "_began_s",
-        "_broken",
-        "_direct",
-        "_exchange",
-        "_journey",
-        "_last_s",
-        "_pieces",
-        "_started",
-        "_streams",
-        "_waiting",
-        "begun",
-        "first_s",
-        "gaps_s",
-        "parting",
-        "question",
-        "said",
-    )
+        "_began_s", "_broken", "_direct", "_exchange", "_journey", "_last_s", "_pieces", "_said", "_so_far", "_spoken", "_started",
+        "_streams", "_waiting", "begun", "first_s", "parting", "question",
+    )  # fmt: skip
 
-    def __init__(self, question: Question, exchange: Exchange, *, broken: Callable[[Failure], bytes]) -> None:
+    def __init__(self, question: Question, exchange: Exchange, *, broken: Callable[[Failure], bytes], spoken: Spoken | None = None) -> None:
         self.question = question
         self._broken = broken
         self.begun = False
         self.first_s: float | None = None
-        self.gaps_s: list[float] = []
-        self.said: Said | None = None
         self.parting: asyncio.Future[Said | None] = asyncio.get_running_loop().create_future()
         self._exchange = exchange
+        self._spoken = spoken
+        self._said: Said | None = None
+        self._so_far = 0, 0, 0
         self._began_s = exchange.began
         self._last_s = 0.0
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -66,20 +55,29 @@ class Talk:
         self._pieces = 0
         self._journey: Journey | None = None
 
+    @property
+    def said(self) -> Said | None:
+        """What the replica told at the end, or what the pieces so far have come to, with status 0; None before that."""
+        return self._said or (Said(0, *self._so_far) if self.begun else None)
+
     # For the link
 
     def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
         """A piece came."""
-        now_s = time.monotonic()
-        if self.begun:
-            self.gaps_s.append(now_s - self._last_s)
-        else:
+        now_s, spoken = time.monotonic(), self._spoken
+        if not self.begun:
             self.begun = True
             self.first_s = now_s - self._began_s
+            self._last_s = now_s
+            if spoken is not None:
+                spoken.first.add(self.first_s)
             if not self._started.done():
                 self._started.set_result(None)
-        self._last_s = now_s
-        self.said = Said(0, prompt_tokens, cached_tokens, completion_tokens)
+        elif completion_tokens > self._so_far[2]:  # others only say who speaks, or why it ends
+            if spoken is not None:
+                spoken.gaps.add(now_s - self._last_s)
+            self._last_s = now_s
+        self._so_far = prompt_tokens, cached_tokens, completion_tokens
         if self._streams:
             self._exchange.pass_on(text)
             self._pieces += 1
@@ -119,11 +117,11 @@ class Talk:
         if isinstance(outcome, Failure):
             await self._break_off(outcome)
         else:
-            self.said, self._direct = outcome[0], False  # the replica has given the socket back
-            self.gaps_s += array.array("f", self.said.gaps)
-            self._exchange.bytes_out += self.said.written
+            said = self._said = outcome[0]
+            self._direct = False  # the replica has given the socket back
+            self._exchange.bytes_out += said.written
             if self.begun:
-                if self.said.status != 200:
+                if said.status != 200:
                     await self._break_off(failure_of(*outcome))
                 else:
                     await self._exchange.send_piece(b"", more=False)
@@ -155,3 +153,31 @@ def failure_of(said: Said, answer: memoryview) -> Failure:
         return Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete")
     code, message = orjson.loads(answer)
     return Failure(said.status, code, message)
+
+
+class Whole:
+    """A request whose answer is not streamed."""
+
+    __slots__ = ("begun", "question")
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.begun = False
+
+    def part(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, text: memoryview) -> None:
+        """Nothing comes in pieces."""
+
+    def ready(self) -> bool:
+        """Nor does the replica write to anybody itself."""
+        return False
+
+    def ended(self, said: Said | None) -> None:
+        """Nobody asks what one that was given up had come to."""
+
+
+async def count(journey: Journey, place: Place, body: bytes) -> int | None:
+    """How many tokens the prompt of a body has exactly, as a replica counts it; None where none can be asked."""
+    outcome = await journey.ask(place, body, Whole(Question(TOKENIZE, 0, 0)))
+    if isinstance(outcome, Failure) or outcome[0].status != 200:
+        return None
+    return int(orjson.loads(outcome[1])["count"])

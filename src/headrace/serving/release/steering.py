@@ -161,6 +161,7 @@ class Steering:
             "shadow": shadow,
             "groups": [self._group(version.number, group, now_s=now_s) for group in version.scales],
             **self.lately.version(version.number, now_s=now_s),
+            "speech": self.lately.speech(version.number, now_s=now_s),
             "counts": None if counted is None else {name: value for name, value in dataclasses.asdict(counted).items() if name != "latencies"},
         }
 
@@ -172,6 +173,7 @@ class Steering:
             "ready": len(replicas),
             "wanted": self.wanted.get((version, group), 0),
             "in_flight": load.in_flight,
+            "background": load.background,
             "waiting": load.waiting,
             "shed": load.shed,
             **self.lately.group(version, group, replicas, now_s=now_s),

@@ -73,23 +73,9 @@ class Talk:
     """A request under way. A streamed answer goes through its door, or, once that has agreed, by an outlet of its own."""
 
     __slots__ = (
-        "_gaps",
-        "_held",
-        "_last_s",
-        "_outlet",
-        "_own",
-        "_task",
-        "_written",
-        "began_s",
-        "begun",
-        "connection",
-        "given_back",
-        "left_s",
-        "number",
-        "question",
-        "request_id",
-        "spent",
-    )
+        "_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "_timed", "_written", "began_s", "begun", "connection", "given_back", "left_s", "number",
+        "question", "request_id", "spent",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
         self.connection, self.number, self.question = connection, number, question
@@ -100,7 +86,7 @@ class Talk:
         self.begun = self.given_back = False
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
-        self._gaps, self._last_s = array.array("f"), 0.0
+        self._gaps, self._last_s, self._timed = array.array("f"), 0.0, 0
         self._written = 0
         self._held: list[bytes] = []  # while the door passes on what came before
 
@@ -121,9 +107,10 @@ class Talk:
             assert self._outlet is not None
             self._outlet.write(text)
             self._written += len(text)
-            now_s = time.perf_counter()
-            self._gaps.append(now_s - self._last_s)
-            self._last_s = now_s
+            if self.spent.completion_tokens > self._timed:  # other pieces only say why it ends
+                now_s = time.perf_counter()
+                self._gaps.append(now_s - self._last_s)
+                self._last_s, self._timed = now_s, self.spent.completion_tokens
         elif self._outlet is not None:
             self._held.append(text)
         else:
@@ -147,7 +134,7 @@ class Talk:
         if outlet is None or self._own:
             return
         if alone:
-            self._own, self._last_s = True, time.perf_counter()
+            self._own, self._last_s, self._timed = True, time.perf_counter(), self.spent.completion_tokens
             if held:
                 outlet.write(held)
                 self._written += len(held)
@@ -218,8 +205,8 @@ class Talks:
         self._alone = max(1, self._places - self._places // _SPARE)
 
     def figures(self) -> dict[str, float]:
-        """The engine's figures, and how many background requests more it would take. May be called from any thread."""
-        return {**self.speaker.figures(), "background_room": float(self._background_room())}
+        """The engine's figures, and how many background requests there are, and more it would take. May be called from any thread."""
+        return {**self.speaker.figures(), "background": float(self._background), "background_room": float(self._background_room())}
 
     def take(self, connection: Connection, number: int, question: Question, body: bytes, *, left_s: float, request_id: str) -> None:
         """A request came: let it in, or refuse it."""
