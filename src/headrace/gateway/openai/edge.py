@@ -12,11 +12,11 @@ from headrace.gateway.openai import refusals
 from headrace.gateway.openai.models import Models, billed_as, length_of
 from headrace.gateway.openai.notes import Case, attributes, note
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Talk, count
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
 from headrace.serving.door.exchange import CLOSE
 from headrace.serving.door.journey import EXPIRED, Journey
+from headrace.serving.door.talk import Talk, count
 from headrace.serving.wire import Content, Failure, Question, Said
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
@@ -156,7 +156,7 @@ class Edge:
         version, exchange = case.version, case.exchange
         assert version is not None
         case.journey = journey = self._journey(case, head, deadline)
-        talk = case.talk = Talk(question, exchange, spoken=self.door.metrics.spoken(version.number))
+        talk = case.talk = Talk(question, exchange, broken=refusals.last, spoken=self.door.metrics.spoken(version.number))
         version.report.in_flight += 1
         number = (b"x-headrace-version", b"%d" % version.number)
         try:

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import asyncio
 
     from headrace.gateway.openai.asked import Asked
-    from headrace.gateway.openai.talk import Talk
     from headrace.serving.door.app import Door
     from headrace.serving.door.callers import Caller
     from headrace.serving.door.exchange import Exchange
     from headrace.serving.door.fleet import Version
     from headrace.serving.door.journey import Journey
+    from headrace.serving.door.talk import Talk
     from headrace.serving.watch.speech import Spoken
     from headrace.serving.wire import Failure
 

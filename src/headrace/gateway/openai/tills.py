@@ -18,7 +18,7 @@ from headrace.serving.wire import Failure, Said
 if TYPE_CHECKING:
     from headrace.gateway.accounts.keys import Key
     from headrace.gateway.accounts.teller import Teller
-    from headrace.gateway.openai.talk import Talk
+    from headrace.serving.door.talk import Talk
 
 AWAY = Failure(503, "unavailable", "the accounts cannot be asked at the moment")
 

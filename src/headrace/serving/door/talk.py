@@ -1,14 +1,14 @@
-"""One request of OpenAI's interface on its way through a door: to a replica, and piece by piece back."""
+"""One request to a language model on its way through a door: to a replica, and piece by piece back."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import orjson
 
-from headrace.gateway.openai import refusals
 from headrace.serving.door.journey import GONE
 from headrace.serving.wire import Failure, Question, Said
 from headrace.speech import TOKENIZE
@@ -22,11 +22,10 @@ _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _UNCACHED = (b"cache-control", b"no-cache")
 _OFFERED = (2, 32, 256)
 """After so many pieces the replica is offered to go on by itself: short answers are not worth it, and a client may have been slow before."""
-_LAST = b"data: [DONE]\n\n"
 
 
 class Talk:
-    """A request, and what has come of it so far.
+    """A request, and what has come of it so far. `broken` writes the end of a stream that fails after it had begun.
 
     `begun` says whether a piece of a streamed answer has come, and `first_s` is the time from the request's first byte to it; it and the times
     between pieces that bring tokens are counted in `spoken` as they come, as long as they come through here. `parting` is what the replica says
@@ -34,12 +33,13 @@ class Talk:
     """
 
     __slots__ = (
-        "_began_s", "_direct", "_exchange", "_journey", "_last_s", "_pieces", "_said", "_so_far", "_spoken", "_started",
+        "_began_s", "_broken", "_direct", "_exchange", "_journey", "_last_s", "_pieces", "_said", "_so_far", "_spoken", "_started",
         "_streams", "_waiting", "begun", "first_s", "parting", "question",
     )  # fmt: skip
 
-    def __init__(self, question: Question, exchange: Exchange, *, spoken: Spoken | None = None) -> None:
+    def __init__(self, question: Question, exchange: Exchange, *, broken: Callable[[Failure], bytes], spoken: Spoken | None = None) -> None:
         self.question = question
+        self._broken = broken
         self.begun = False
         self.first_s: float | None = None
         self.parting: asyncio.Future[Said | None] = asyncio.get_running_loop().create_future()
@@ -96,9 +96,9 @@ class Talk:
         if not self.parting.done():
             self.parting.set_result(said)
 
-    # For the edge
+    # For who answers the client
 
-    async def run(self, journey: Journey, place: Place, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
+    async def run(self, journey: Journey, place: Place, body: bytes | memoryview, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
         """Ask, and stream what comes in pieces; the outcome, and for an answer that is not streamed its body, which is still to be sent."""
         self._exchange.stop_with_client(journey)
         self._journey = journey
@@ -122,7 +122,7 @@ class Talk:
             self._exchange.bytes_out += said.written
             if self.begun:
                 if said.status != 200:
-                    await self._break_off(Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))
+                    await self._break_off(failure_of(*outcome))
                 else:
                     await self._exchange.send_piece(b"", more=False)
         return outcome
@@ -143,11 +143,19 @@ class Talk:
         """End a stream that had begun with what went wrong."""
         if not self.begun or failure is GONE:
             return
-        last = refusals.event(failure) + _LAST
+        last = self._broken(failure)
         if self._direct:  # the replica may have been in the middle of a piece, which no client takes for a whole one then
             self._exchange.cut_off(last)
         else:
             await self._exchange.send_piece(last, more=False)
+
+
+def failure_of(said: Said, answer: memoryview) -> Failure:
+    """Why an answer that had begun was not finished, as its replica says it."""
+    if not answer:
+        return Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete")
+    code, message = orjson.loads(answer)
+    return Failure(said.status, code, message)
 
 
 class Whole:
