@@ -86,7 +86,7 @@ def test_long_answers(direct: bool, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_many_at_once_beside_rows_that_are_not_streamed():
-    with serving(THREE) as made:
+    with serving(THREE, sequences=64) as made:
         found: dict[int, Any] = {}
 
         def ask(at: int) -> None:
