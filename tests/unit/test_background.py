@@ -24,11 +24,11 @@ from headrace.gateway.accounts.teller import Teller
 from headrace.gateway.accounts.usage import sums
 from headrace.gateway.batches.depot import Depot
 from headrace.gateway.openai.background import PRIORITY, Background
-from headrace.gateway.openai.talk import Whole
 from headrace.gateway.openai.tills import Till
 from headrace.serving.bodies.openapi import contract
 from headrace.serving.door.journey import Journey
 from headrace.serving.door.side import SideDoor
+from headrace.serving.door.talk import Whole
 from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
 from headrace.serving.wire import Failure, Question, Said

@@ -13,10 +13,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import headrace as hr
 from headrace.arrays import table
+from headrace.gateway.openai.asked import MOST_CHOICES
 from headrace.serving.bodies import openapi
 from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content
+from headrace.speech import CHAT, COMPLETIONS, Speech
 
 LIMITS = Limits(rows=100, body_bytes=1 << 20, deadline_s=30)
 OUT = {"vector": hr.Vector(3), "score": float, "words": list[str | None] | None, "at": dt.datetime, "copy": hr.Image}
@@ -106,6 +108,34 @@ def test_keys():
     assert {scheme["type"] for scheme in with_keys["components"]["securitySchemes"].values()} == {"http", "apiKey"}
     assert "401" in with_keys["paths"]["/every"]["post"]["responses"] and with_keys["paths"]["/healthz"]["get"]["security"] == []
     assert "security" not in without and "401" not in json.dumps(without)
+
+
+class Talker:
+    """Stands for a language model."""
+
+    def speaks(self):
+        return Speech("acme/tiny", (CHAT, COMPLETIONS))
+
+    def __call__(self, text: hr.Column[str]):
+        return {"said": text}
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_language_model_has_openais_paths_beside_its_own(keys):
+    """Those that it answers; on the page, too, and what is taken is what the door takes."""
+    talk = hr.Pipeline("talk", hr.stage(out={"said": str})(Talker)())
+    made = document(openapi.contract(talk), keys=keys)
+    OpenAPIV31SpecValidator(made).validate()
+    assert [path for path in made["paths"] if path.startswith("/v1/")] == [CHAT, COMPLETIONS, "/v1/models", "/v1/models/{model}"]
+    assert ("401" in made["paths"][CHAT]["post"]["responses"]) == keys == ("OpenAI401" in made["components"]["responses"])
+    chat = validator(made, "OpenAIChatRequest")
+    chat.validate({"model": "talk", "messages": [{"role": "user", "content": "a"}], "n": MOST_CHOICES, "top_k": 3})
+    assert not chat.is_valid({"model": "talk", "messages": []}) and not chat.is_valid(
+        {"model": "talk", "messages": [{"role": "user", "content": "a"}], "n": 17}
+    )
+    assert MOST_CHOICES == 16
+    page = openapi.page(made)
+    assert CHAT in page and "/v1/models" in page and "{model}" not in page and not read(page).tags & {"script", "form"}
 
 
 def test_what_is_told_of_a_request():

@@ -233,7 +233,7 @@ def test_a_client_that_goes_away_is_noticed():
         it.until(lambda: it.replica.calls)
         connection.close()
         it.until(lambda: it.replica.cancelled == [1])
-        it.until(lambda: it.door.connections == 0 and it.door._under_way == 0)
+        it.until(lambda: it.door.connections == 0 and it.door.turnstile.inside == 0)
 
 
 def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,11 +16,11 @@ from headrace.errors import DefinitionError, SettingError, check_number
 from headrace.hardware import Hardware, cpu, gpu
 from headrace.llms import options, places, prompts
 from headrace.llms.answers import Schema
-from headrace.llms.asking import Request, ask, embed
+from headrace.llms.asking import Request, ask, embed, write
 from headrace.llms.options import EngineConfig
 from headrace.llms.prompts import Message, Template
 from headrace.llms.sampling import Sampling
-from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Speaker, Speech
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Speaker, Speech, Spent, Writing
 from headrace.stage import MARK, Stage, stage
 
 _AT_ONCE = {"cpu": 64, "cuda": 256}  # rows under way: what keeps an engine's batch full
@@ -193,10 +193,24 @@ class LLM:
         engine = vars(self).get("_engine")
         return {} if engine is None else engine.figures()
 
+    def writing(self) -> Writing | None:
+        """What it writes piece by piece: see `headrace.speech.Writer`. Neither vectors nor fields of a schema, which are checked as a whole."""
+        if self.embed or self._schema is not None:
+            return None
+        return Writing(str(self.out), self.sampling.max_tokens or 0)
+
+    def asks(self, **columns: Column[Any]) -> Request:
+        """What a row asks; the columns hold one value each. See `headrace.speech.Writer`."""
+        (row,) = _rows(columns)
+        return self._request(row)
+
+    def write(self, asked: Request, *, priority: int = 1, request_id: str | None = None, spent: Spent) -> AsyncIterator[str]:
+        """The pieces of the answer to what a row asks: see `headrace.speech.Writer`."""
+        return write(self._engine, asked, priority=priority, request_id=request_id, spent=spent)
+
     def __call__(self, **columns: Column[Any]) -> dict[str, list[Any]]:
         """The answers to rows: one list for each column written."""
-        given = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
-        rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+        rows = _rows(columns)
         if self.embed:
             assert self._template is not None
             vectors = self._engine.call(embed(self._engine, [self._template.fill(row) for row in rows]))
@@ -246,6 +260,12 @@ def stage_of(llm: LLM) -> Stage:
         def __call__(self, text: Column[str]) -> None: ...
 
     return dataclasses.replace(Stage.of(Shape()), reads=MappingProxyType(reads), call=llm)
+
+
+def _rows(columns: Mapping[str, Column[Any]]) -> list[dict[str, Any]]:
+    """The rows of columns, of plain Python values."""
+    given = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
 def _entries(llm: LLM) -> list[Hardware]:

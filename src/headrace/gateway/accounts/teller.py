@@ -118,10 +118,12 @@ class Teller:
     async def _fresh(self) -> Ring:
         """The keys as they were within the last second."""
         while time.monotonic() - self._looked_s >= KEYS_S:
-            if self._looking is None:  # one asks for all who come meanwhile
-                self._looking = self._put(None)
-                self._looking.add_done_callback(self._looked)
-            await asyncio.shield(self._looking)
+            looking = self._looking
+            if looking is None:  # one asks for all who come meanwhile
+                looking = self._looking = self._put(None)
+                looking.add_done_callback(self._looked)
+            await asyncio.shield(looking)
+            self._looked(looking)  # its callback may be still to come: a future that is done is not waited for, and this would go round for ever
         return self._ring
 
     def _put(self, entry: Entry | None) -> asyncio.Future[Any]:
@@ -132,6 +134,8 @@ class Teller:
         return future
 
     def _looked(self, done: asyncio.Future[Any]) -> None:
+        if self._looking is not done:
+            return
         self._looking = None
         if not done.cancelled() and done.exception() is None:
             self._looked_s = time.monotonic()

@@ -17,9 +17,9 @@ from headrace.gateway.openai import asked as asking
 from headrace.gateway.openai import refusals
 from headrace.gateway.openai.models import Models, billed_as, length_of, speech
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Whole, count
 from headrace.serving.door.journey import MOVED, Journey
 from headrace.serving.door.routing import BROKEN_OFF, CROWDED, NO_ROOM
+from headrace.serving.door.talk import Whole, count
 from headrace.serving.wire import Failure, Question, Said, Stats
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import orjson
 
@@ -15,11 +14,11 @@ from headrace.gateway.openai import refusals
 from headrace.gateway.openai.models import Models, billed_as, length_of
 from headrace.gateway.openai.notes import Case, attributes, note
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Talk, count
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
 from headrace.serving.door.exchange import CLOSE, too_large
 from headrace.serving.door.journey import EXPIRED, Journey
+from headrace.serving.door.talk import Talk, count
 from headrace.serving.wire import Content, Failure, Question, Said
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
@@ -81,7 +80,7 @@ class Edge:
     async def _show_models(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         if method not in ("GET", "HEAD"):
             raise Refused(f"{method[:20]} is not allowed here", status=405, code="method_not_allowed")
-        name = unquote(path.removeprefix("/v1/models").lstrip("/"))
+        name = path.removeprefix("/v1/models").lstrip("/")
         allowed = caller.models
         if name and allowed is not None and name not in allowed:
             raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
@@ -112,7 +111,8 @@ class Edge:
         except Refused as refused:
             case.failure = refused.failure
         if case.failure is not None and not (case.talk is not None and case.talk.begun):
-            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if case.failure.status in (429, 503) else ()
+            waits = case.failure.status in (429, 503) and not case.declined
+            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if waits else ()
             await self._refuse(exchange, case.failure, *more)
         note(case)
 
@@ -147,7 +147,7 @@ class Edge:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
         case.exchange.also(admitted.headers)
         if isinstance(admitted, Declined):
-            case.failure = admitted.failure
+            case.failure, case.declined = admitted.failure, True  # with headers that say when to come back
             return
         try:
             await self._carry(case, question, head, deadline)
@@ -173,7 +173,7 @@ class Edge:
         version, exchange = case.version, case.exchange
         assert version is not None
         case.journey = journey = self._journey(case, head, deadline)
-        talk = case.talk = Talk(question, exchange, spoken=case.door.metrics.spoken(version.number))
+        talk = case.talk = Talk(question, exchange, broken=refusals.last, spoken=case.door.metrics.spoken(version.number))
         version.report.in_flight += 1
         number = (b"x-headrace-version", b"%d" % version.number)
         try:

@@ -5,31 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headrace.serving.wire import Said
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
 if TYPE_CHECKING:
-    import asyncio
-
     from headrace.gateway.openai.asked import Asked
-    from headrace.gateway.openai.talk import Talk
     from headrace.serving.door.app import Door
     from headrace.serving.door.callers import Caller
     from headrace.serving.door.exchange import Exchange
     from headrace.serving.door.fleet import Version
     from headrace.serving.door.journey import Journey
-    from headrace.serving.watch.speech import Spoken
-    from headrace.serving.wire import Failure
+    from headrace.serving.door.talk import Talk
+    from headrace.serving.wire import Failure, Said
 
 _OPERATIONS = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
-_GONE = 499
 
 
 @dataclass(slots=True)
 class Case:
     """A request for an answer of a model: who asks, what, of which version behind which door; and what became of it.
 
-    `read_s` is when its body was there.
+    `read_s` is when its body was there, `declined` whether its key has not enough left for it.
     """
 
     exchange: Exchange
@@ -42,6 +37,7 @@ class Case:
     talk: Talk | None = None
     journey: Journey | None = None
     failure: Failure | None = None
+    declined: bool = False
     body: bytes = b""
     read_s: float = 0.0
 
@@ -64,7 +60,7 @@ def note(case: Case) -> None:
     if version is not None:
         version.count(status, took_s)
         if case.asked is not None and talk is not None:
-            _count(case, door.metrics.spoken(number), case.asked.model, status, now_s)
+            talk.count(case.asked.model, status, read_s=case.read_s, now_s=now_s)
     if status < 300:
         door.retries.earn()
     elif status in (429, 503):
@@ -98,27 +94,6 @@ def note(case: Case) -> None:
             trace_id=span.trace_id if span is not None else None,
             asked=case.body.decode("utf-8", "replace") if case.caller.logged else None,
         )
-
-
-def _count(case: Case, spoken: Spoken, model: str, status: int, now_s: float) -> None:
-    """Count what a request came to; of one that was given up, the rest once its replica has told it."""
-    talk, journey = case.talk, case.journey
-    assert talk is not None
-    known = talk.said or Said(0)
-    spoken.used(model, known)
-    if status == 200 and known.status == 200 and journey is not None and journey.asked is not None:
-        late_s = case.read_s - case.exchange.began
-        first_s = None if talk.first_s is None else talk.first_s - late_s
-        spoken.answered(known, took_s=now_s - case.read_s, waited_s=journey.asked.waited_s, first_s=first_s)
-    if status == _GONE:
-        spoken.cancelled(model, begun=talk.begun)
-
-    def parted(parting: asyncio.Future[Said | None]) -> None:
-        if (told := parting.result()) is not None:
-            spoken.used(model, told, before=known)
-
-    if case.failure is not None:
-        talk.parting.add_done_callback(parted)
 
 
 def _spent(said: Said | None, replica: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from headrace.serving.wire import Failure, Said
 if TYPE_CHECKING:
     from headrace.gateway.accounts.keys import Key
     from headrace.gateway.accounts.teller import Teller
-    from headrace.gateway.openai.talk import Talk
+    from headrace.serving.door.talk import Talk
 
 AWAY = Failure(503, "unavailable", "the accounts cannot be asked at the moment")
 
@@ -67,7 +67,7 @@ class Till:
         try:
             result = await self.teller.reserve(caller.account, model, prompt_tokens=prompt_tokens, max_tokens=completion_tokens)
         except AccountsError:
-            return Declined(AWAY, (), tight=False)
+            return Declined(AWAY, ((b"retry-after", b"1"),), tight=False)
         rates = tuple((name.encode(), value.encode()) for name, value in result.rates.headers().items())
         return Admitted(result, rates) if isinstance(result, Grant) else _declined(result, rates)
 

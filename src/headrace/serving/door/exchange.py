@@ -47,6 +47,9 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once."""
 
+    def cut(self, last: bytes) -> None:
+        """Send a last piece, as far as the client takes it now, and close the connection, whoever else writes to it."""
+
     @property
     def handle(self) -> int | None:
         """The client's socket, if another process may write pieces of the answer to it."""
@@ -259,11 +262,11 @@ class Exchange:
         """Whether all of the answer so far is with the system."""
         return self._connection is not None and self._connection.written
 
-    def cut_off(self) -> None:
-        """Close the connection: what the client has of the answer may end in the middle of a piece."""
-        self.status = GONE.status
+    def cut_off(self, last: bytes) -> None:
+        """End an answer that another process writes with a last piece, and close the connection."""
+        self.bytes_out += len(last)
         if self._connection is not None:
-            self._connection.abort()
+            self._connection.cut(last)
 
 
 @dataclass(slots=True)

@@ -128,7 +128,7 @@ class Journey:
                 self.hop.withdraw(GONE)
         return Answer(memoryview(body), tuple(legs))
 
-    async def ask(self, place: Place, body: bytes, speaking: Speaking) -> tuple[Said, memoryview] | Failure:
+    async def ask(self, place: Place, body: bytes | memoryview, speaking: Speaking) -> tuple[Said, memoryview] | Failure:
         """Ask a language model; pieces of a streamed answer go to `speaking` meanwhile. Returns when the deadline is over at the latest."""
         if self.stopped is not None:
             return self.stopped

@@ -134,7 +134,7 @@ class Span:
             if said.first_s:
                 parts |= {"prefill": max(0.0, said.first_s - said.queue_s), "decode": said.took_s - said.first_s}
             else:
-                parts["compute"] = said.took_s - said.queue_s
+                parts["compute"] = max(0.0, said.took_s - said.queue_s)
         self._hop(name, came_s, parts, {"headrace.group": name, "headrace.attempt": attempt, "headrace.replica": replica}, error)
 
     def _hop(self, name: str, sent_s: float, parts: Mapping[str, float], attributes: Mapping[str, Any], error: str | None) -> None:

@@ -1,14 +1,14 @@
-"""One request of OpenAI's interface on its way through a door: to a replica, and piece by piece back."""
+"""One request to a language model on its way through a door: to a replica, and piece by piece back."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import orjson
 
-from headrace.gateway.openai import refusals
 from headrace.serving.door.journey import GONE
 from headrace.serving.wire import Failure, Question, Said
 from headrace.speech import TOKENIZE
@@ -22,11 +22,10 @@ _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 _UNCACHED = (b"cache-control", b"no-cache")
 _OFFERED = (2, 32, 256)
 """After so many pieces the replica is offered to go on by itself: short answers are not worth it, and a client may have been slow before."""
-_LAST = b"data: [DONE]\n\n"
 
 
 class Talk:
-    """A request, and what has come of it so far.
+    """A request, and what has come of it so far. `broken` writes the end of a stream that fails after it had begun.
 
     `begun` says whether a piece of a streamed answer has come, and `first_s` is the time from the request's first byte to it; it and the times
     between pieces that bring tokens are counted in `spoken` as they come, as long as they come through here. `parting` is what the replica says
@@ -34,12 +33,13 @@ class Talk:
     """
 
     __slots__ = (
-        "_began_s", "_direct", "_exchange", "_journey", "_last_s", "_pieces", "_said", "_so_far", "_spoken", "_started",
+        "_began_s", "_broken", "_direct", "_exchange", "_journey", "_last_s", "_pieces", "_said", "_so_far", "_spoken", "_started",
         "_streams", "_waiting", "begun", "first_s", "parting", "question",
     )  # fmt: skip
 
-    def __init__(self, question: Question, exchange: Exchange, *, spoken: Spoken | None = None) -> None:
+    def __init__(self, question: Question, exchange: Exchange, *, broken: Callable[[Failure], bytes], spoken: Spoken | None = None) -> None:
         self.question = question
+        self._broken = broken
         self.begun = False
         self.first_s: float | None = None
         self.parting: asyncio.Future[Said | None] = asyncio.get_running_loop().create_future()
@@ -96,9 +96,9 @@ class Talk:
         if not self.parting.done():
             self.parting.set_result(said)
 
-    # For the edge
+    # For who answers the client
 
-    async def run(self, journey: Journey, place: Place, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
+    async def run(self, journey: Journey, place: Place, body: bytes | memoryview, *headers: tuple[bytes, bytes]) -> tuple[Said, memoryview] | Failure:
         """Ask, and stream what comes in pieces; the outcome, and for an answer that is not streamed its body, which is still to be sent."""
         self._exchange.stop_with_client(journey)
         self._journey = journey
@@ -117,11 +117,12 @@ class Talk:
         if isinstance(outcome, Failure):
             await self._break_off(outcome)
         else:
-            said = self._said = outcome[0]
+            said, self._direct = outcome[0], False  # the replica has given the socket back
+            self._said = said
             self._exchange.bytes_out += said.written
             if self.begun:
                 if said.status != 200:
-                    await self._break_off(Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete"))
+                    await self._break_off(failure_of(*outcome))
                 else:
                     await self._exchange.send_piece(b"", more=False)
         return outcome
@@ -130,6 +131,29 @@ class Talk:
         """What a request that was given up had come to; None if nobody says in time."""
         await asyncio.wait((self.parting,), timeout=timeout_s)
         return self.parting.result() if self.parting.done() else None
+
+    def count(self, model: str, status: int, *, read_s: float, now_s: float) -> None:
+        """Count what it came to for this model, once it was answered with this status; of one that was given up, the rest once its replica tells it.
+
+        Before `read_s` there was nothing to ask yet, `now_s` is its end: times of the loop.
+        """
+        spoken, journey = self._spoken, self._journey
+        if spoken is None:
+            return
+        known = self.said or Said(0)
+        spoken.used(model, known)
+        if status == 200 and known.status == 200 and journey is not None and journey.asked is not None:
+            first_s = None if self.first_s is None else self.first_s - (read_s - self._began_s)
+            spoken.answered(known, took_s=now_s - read_s, waited_s=journey.asked.waited_s, first_s=first_s)
+        if status == GONE.status:
+            spoken.cancelled(model, begun=self.begun)
+
+        def parted(parting: asyncio.Future[Said | None]) -> None:
+            if (told := parting.result()) is not None:
+                spoken.used(model, told, before=known)
+
+        if not known.status:
+            self.parting.add_done_callback(parted)
 
     def _offer(self) -> None:
         """Let the replica write the rest itself, if it is on this machine."""
@@ -140,10 +164,21 @@ class Talk:
 
     async def _break_off(self, failure: Failure) -> None:
         """End a stream that had begun with what went wrong."""
-        if self._direct and failure.status != 504:  # nobody knows how much of a piece the replica has written
-            self._exchange.cut_off()
-        elif self.begun and failure is not GONE:
-            await self._exchange.send_piece(refusals.event(failure) + _LAST, more=False)
+        if not self.begun or failure is GONE:
+            return
+        last = self._broken(failure)
+        if self._direct:  # the replica may have been in the middle of a piece, which no client takes for a whole one then
+            self._exchange.cut_off(last)
+        else:
+            await self._exchange.send_piece(last, more=False)
+
+
+def failure_of(said: Said, answer: memoryview) -> Failure:
+    """Why an answer that had begun was not finished, as its replica says it."""
+    if not answer:
+        return Failure(said.status, "deadline_exceeded", "the deadline passed before the answer was complete")
+    code, message = orjson.loads(answer)
+    return Failure(said.status, code, message)
 
 
 class Whole:
