@@ -427,6 +427,6 @@ def test_nothing_is_left_behind_by_requests_of_all_kinds():
             await ask(door)
             link = next(iter(door.fleet.versions[1].pools[0].links.values()))
             await until(lambda: len(replica.cancelled) == 20)
-            assert not link.hops and not door.memory.held_bytes and not door._under_way and door.fleet.versions[1].report.in_flight == 0
+            assert not link.hops and not door.memory.held_bytes and not door.turnstile.inside and door.fleet.versions[1].report.in_flight == 0
 
     run(test)

@@ -22,7 +22,7 @@ _OPERATIONS = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embedd
 
 @dataclass(slots=True)
 class Case:
-    """A request for an answer of a model: who asks, what, of which version; and what became of it.
+    """A request for an answer of a model: who asks, what, of which version behind which door; and what became of it.
 
     `read_s` is when its body was there, `declined` whether its key has not enough left for it.
     """
@@ -31,6 +31,7 @@ class Case:
     path: str
     caller: Caller
     priority: int
+    door: Door
     asked: Asked | None = None
     version: Version | None = None
     talk: Talk | None = None
@@ -47,9 +48,9 @@ def attributes(path: str, asked: Asked | None) -> dict[str, str]:
     return named if asked is None else {**named, "gen_ai.request.model": asked.model}
 
 
-def note(door: Door, case: Case) -> None:
+def note(case: Case) -> None:
     """Count a request that was answered, write the line of the log, and end the span."""
-    exchange, version, talk, journey = case.exchange, case.version, case.talk, case.journey
+    door, exchange, version, talk, journey = case.door, case.exchange, case.version, case.talk, case.journey
     status, number = exchange.status, version.number if version is not None else 0
     error = case.failure.code if case.failure is not None else None
     if talk is not None and talk.begun and case.failure is not None:
