@@ -18,6 +18,7 @@ from conftest import ENGINE
 from endpoints import WORDS, Endpoint, until
 
 import headrace as hr
+from headrace.gateway.accounts import usage
 
 HELLO = [{"role": "user", "content": "Say: hello"}]  # what the pipeline's prompt makes of a row
 
@@ -273,6 +274,32 @@ def test_headers(client: openai.OpenAI, talk: Endpoint):
     assert heads["x-ratelimit-limit-tokens"] == "100000" and int(heads["x-ratelimit-remaining-tokens"]) < 100_000 and heads["x-ratelimit-reset-tokens"]
     with limited.chat.completions.with_streaming_response.create(model="tiny", messages=HELLO, max_tokens=4, stream=True) as streamed:
         assert streamed.headers["content-type"].startswith("text/event-stream") and streamed.headers["x-ratelimit-remaining-requests"] == "98"
+
+
+def test_what_is_booked_is_what_clients_were_told(client: openai.OpenAI, talk: Endpoint):
+    """Of whole answers exactly; of streams that were left no less than was read, and no more than the engine computed."""
+    asking = client.with_options(api_key=talk.key("booked", tokens_per_minute=10**6, budget_usd=100))
+    used = [chat(asking, n=2, temperature=1.0).usage, chat(asking, messages=[{"role": "user", "content": "word " * 200}]).usage]
+    used.append([*chat(asking, stream=True, max_tokens=40, stream_options={"include_usage": True})][-1].usage)
+    used.append(complete(asking, prompt=["a", "b c"]).usage)
+    used += [chat(asking, messages=[{"role": "user", "content": "word " * 200}]).usage]  # whose beginning the engine had computed before
+    read = []
+    for pieces in (2, 60):
+        with chat(asking, stream=True, max_tokens=450, extra_body={"ignore_eos": True}) as stream:
+            read.append([next(stream) for _ in range(pieces)])
+    with pytest.raises(openai.BadRequestError):
+        chat(asking, temperature=9)
+    with talk.database() as database:
+        until(lambda: len(usage.log(database, key="booked")) == 8, within_s=10, what="a row for each request")
+        *left, refused = [*reversed(usage.log(database, key="booked"))][5:]
+        whole = [*reversed(usage.log(database, key="booked"))][:5]
+    assert [(row.prompt_tokens, row.completion_tokens) for row in whole] == [(one.prompt_tokens, one.completion_tokens) for one in used]
+    assert whole[-1].cached_tokens >= 128 and all(row.status == 200 and row.ttft_s is not None for row in whole)
+    for row in whole:
+        assert row.usd == pytest.approx((row.prompt_tokens - row.cached_tokens / 2 + 10 * row.completion_tokens) / 1e6)
+    for row, pieces in zip(left, read, strict=True):
+        assert row.status == 499 and len(pieces) - 1 <= row.completion_tokens < 450 and row.prompt_tokens == used[2].prompt_tokens
+    assert (refused.status, refused.prompt_tokens, refused.completion_tokens) == (400, 0, 0)
 
 
 def test_curl(talk: Endpoint, key: str, client: openai.OpenAI):

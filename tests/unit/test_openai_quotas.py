@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from openai_services import CHAT, Service, chat, speaking, until
 
-from headrace.gateway.accounts import usage
+from headrace.gateway.accounts import teller, usage
 from headrace.gateway.accounts.database import Database
 from headrace.gateway.accounts.keys import Keys
 from headrace.gateway.accounts.limits import Limits
@@ -33,7 +33,7 @@ class Bank:
     database: Database
 
     def key(self, name: str, **limits: Any) -> str:
-        """A new key, once the door has heard of it: it looks once a second."""
+        """A new key, once the door has heard of it."""
         made = Keys(self.database).create(name, limits=Limits(**limits))
         until(lambda: httpx2.get(self.service.url + "/v1/models", headers={"authorization": f"Bearer {made}"}).status_code == 200)
         return made
@@ -66,7 +66,8 @@ def banking(folder: Path, **settings: Any) -> Iterator[Bank]:
     where = str(folder / "accounts.db")
     database = Database(where)
     try:
-        with speaking(opening=Opening(where, str(folder / "prices.toml")), **settings) as service:
+        with pytest.MonkeyPatch.context() as patch, speaking(opening=Opening(where, str(folder / "prices.toml")), **settings) as service:
+            patch.setattr(teller, "KEYS_S", 0.02)
             yield Bank(service, database)
     finally:
         database.close()
