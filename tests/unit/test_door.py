@@ -66,6 +66,12 @@ def test_arrow_comes_back_where_it_is_asked_for():
     assert read(content_type=ARROW).accept is Content.JSON
 
 
+def test_events_are_sent_to_who_takes_nothing_else():
+    assert read(accept="text/event-stream").events and read(accept="Text/Event-Stream; charset=utf-8, text/plain").events
+    others = ("application/json, text/event-stream", "text/event-stream, */*;q=0.1", f"text/event-stream, {ARROW}", "text/html")
+    assert not any(read(accept=accept).events for accept in others) and not read().events
+
+
 @pytest.mark.parametrize(
     ("headers", "left_s"),
     [
