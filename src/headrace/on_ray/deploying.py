@@ -93,7 +93,7 @@ class Deployment:
             DeployError: it did not take over.
             HardwareError, ServingError: it cannot run there, or not so.
         """
-        plan = resolve(self.pipeline, self.cluster, online=True)
+        plan = resolve(self.pipeline.pinned(), self.cluster, online=True)
         scales = self.bounds.scales(plan)
         golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), self.pipeline)
         contract = openapi.contract(self.pipeline)
