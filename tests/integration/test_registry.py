@@ -71,7 +71,7 @@ def test_a_logged_model_comes_from_the_server(client: Any, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     made = mlflow.create_external_model(name="made")
     client.log_model_artifacts(made.model_id, str(tmp_path))
-    registered.register(client, "made", f"models:/{made.model_id}", "first")
+    registered.register(client, "made", f"models:/{made.model_id}", "first", model_id=made.model_id)
     assert registry.locate("models:/made@first").uri.startswith("mlflow-artifacts:/")
     assert (registry.fetch("models:/made@first", "model") / "config.json").read_text() == "{}"
 
