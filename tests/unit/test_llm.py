@@ -18,6 +18,7 @@ import pydantic
 import pytest
 
 import headrace as hr
+from headrace import copies
 from headrace.arrays import table
 from headrace.calls import encode
 from headrace.columns import Vector, type_of
@@ -176,7 +177,7 @@ def test_it_travels_without_its_engine():
         ({"attempts": 0}, "attempts must be a whole number"),
         ({"sampling": {"temperature": 1}}, "sampling must be hr.Sampling"),
         ({"model": ""}, "model must be a name on the hub"),
-        ({"model": "models:/summariser@production"}, "reads none yet"),
+        ({"model": "models:/summariser"}, "names no version; name an alias, models:/summariser@champion"),
         ({"engine": [1]}, "engine must be a mapping"),
         ({"embed": True}, "the size of its vectors is not known"),
         ({"concurrency": 0}, "concurrency must be a whole number"),
@@ -469,7 +470,7 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (Path(target) / "weights").write_bytes(b"")
         raise OSError("disk full")
 
-    monkeypatch.setattr(places.fs, "copy_files", full)
+    monkeypatch.setattr(copies.fs, "copy_files", full)
     with pytest.raises(SettingError, match="cannot be fetched: disk full"):
         places.fetch(f"file://{tmp_path}/source", "model")
     assert [left.suffix for left in (tmp_path / "cache" / "headrace" / "llms").iterdir()] == [".lock"]

@@ -100,7 +100,7 @@ class Deployment:
             HardwareError, ServingError: it cannot run there, or not so.
             StoppedError: it was over before.
         """
-        plan = resolve(self.pipeline, self.cluster, online=True)
+        plan = resolve(self.pipeline.pinned(), self.cluster, online=True)
         scales = self.bounds.scales(plan)
         golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), self.pipeline)
         contract = openapi.contract(self.pipeline)
