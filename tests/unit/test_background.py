@@ -23,6 +23,7 @@ from headrace.gateway.accounts.prices import Price, Prices
 from headrace.gateway.accounts.teller import Teller
 from headrace.gateway.accounts.usage import sums
 from headrace.gateway.batches.depot import Depot
+from headrace.gateway.batches.lines import Answered, Retry, open_line
 from headrace.gateway.openai.background import PRIORITY, Background
 from headrace.gateway.openai.tills import Till
 from headrace.serving.bodies.openapi import contract
@@ -149,7 +150,7 @@ def test_what_becomes_of_lines_that_are_not_answered(tmp_path: Path):
     async def test(service: Service) -> None:
         replica = service.replica()
         await service.route(replica)
-        background = Background(service.door)
+        background = Background(service.door, patience_s=0)
         with depot_in(tmp_path, time.time, attempts=2) as depot:
             file = b"".join(request_line(name, model=model, **body) for name, model, body, _ in lines) + prompts(3)
             batch = await order(depot, file)
@@ -248,6 +249,26 @@ def test_without_versions_lines_wait_and_without_replicas_one_asks_for_some(tmp_
                 done = await over(depot, batch)
         assert done["request_counts"] == {"total": 20, "completed": 20, "failed": 0}
         assert not service.door.report().waiting and not service.door.report().versions
+
+    run(test)
+
+
+def test_lines_that_cannot_be_answered_yet_come_again(tmp_path: Path):
+    async def test(service: Service) -> None:
+        background = Background(service.door)
+        with depot_in(tmp_path, time.time) as depot:
+            known = depot.catalog.batch(await order(depot, prompts(2)))
+            assert known is not None
+            one, other = [open_line(known, at, line) for at, line in enumerate(prompts(2).splitlines(), 1)]
+            strange = open_line(known, 3, request_line("a", model="not there yet"))
+            await service.route()
+            waiting = asyncio.create_task(background.send(one))
+            await soon(lambda: service.door.report().waiting)
+            assert isinstance(await background.send(other), Retry)  # one that waits is enough to have a replica started
+            assert isinstance(await background.send(strange), Retry)
+            await service.route(service.replica())
+            answers = await waiting, await background.send(other)
+        assert all(isinstance(answer, Answered) and answer.status == 200 for answer in answers)
 
     run(test)
 
@@ -370,7 +391,7 @@ def test_lines_for_a_guest_go_to_its_replicas(tmp_path: Path):
         host, guest = service.replica(), service.replica()
         await service.route(host)
         door = service.door.lobby.seat("other")
-        background = Background(service.door)
+        background = Background(service.door, patience_s=0)
         with depot_in(tmp_path, time.time) as depot:
             asked = b"".join(request_line(f"r{at}", model="other", messages=[{"role": "user", "content": f"word {at}"}]) for at in range(50))
             batch = await order(depot, asked)

@@ -8,9 +8,6 @@ import ray
 
 NAMESPACE = "headrace"
 
-BACKSTAGE = "background"
-"""The door without HTTP, through which a service's work in the background goes."""
-
 
 def control_name(service: str) -> str:
     """The actor that knows the service."""

@@ -25,8 +25,9 @@ from headrace.on_ray.control import Charge, Control
 from headrace.on_ray.deploying import Deployment, Tell, get, happenings, run_together
 from headrace.on_ray.doors import FrontDoor, Listening
 from headrace.on_ray.intent import Face, Service, Standing, Where
-from headrace.on_ray.naming import BACKSTAGE, NAMESPACE, control_name, control_of, door_name
+from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
 from headrace.serving import place
+from headrace.serving.routes import BACKSTAGE
 from headrace.serving.watch.pipes import Pipes
 
 __all__ = ["PROMISES", "Face", "Service", "Standing", "Where", "command", "serve", "stop"]

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+BACKSTAGE = "background"
+"""What the door without HTTP is called, through which a service's work in the background goes."""
+
 LATENCY_BOUNDS_S = tuple(0.0005 * 1.2**step for step in range(72))
 """Upper bounds of the buckets in which latencies are counted: 0.5 ms to 210 s, each 1.2 times the one before; one more holds the rest."""
 

@@ -36,6 +36,7 @@ PRIORITY = 2
 
 _LINE_S = 1800.0  # for an answer, before it is asked for again; grants outlive it
 _AGAIN_S = 1.0  # until a line comes again that nobody can answer at the moment
+_PATIENCE_S, _ABSENT_S = 300.0, 10.0  # for a model that is not there to appear, and until a line of it comes again
 _BOOKINGS, _BOOKED_S = 30, 2.0  # attempts to book, and the time between them
 _LATER = (NO_ROOM, CROWDED, MOVED)  # no replica has begun
 _GUILTY = ("deadly_row",)
@@ -52,11 +53,15 @@ class _Room:
 
 
 class Background:
-    """What a worker of batches needs to have lines answered: `send`, `book` and `slots`. Lives on the loop of its door."""
+    """What a worker of batches needs to have lines answered: `send`, `book` and `slots`. Lives on the loop of its door.
 
-    def __init__(self, door: SideDoor, *, till: Till | None = None) -> None:
+    Lines of a model that nobody knows are refused once this has been there for `patience_s`: services behind one address start one after the other.
+    """
+
+    def __init__(self, door: SideDoor, *, till: Till | None = None, patience_s: float = _PATIENCE_S) -> None:
         self._door = door
         self._till = till
+        self._patient_until = asyncio.get_running_loop().time() + patience_s
         self._models = Models(door.lobby.fleets)
         self._rooms: dict[Link, _Room] = {}
         self._numbers: dict[str, int | None] = {}  # of keys in the accounts, which are the same for ever
@@ -92,6 +97,8 @@ class Background:
         try:
             return await self._send(line)
         except Refused as refused:
+            if refused.code == "model_not_found" and asyncio.get_running_loop().time() < self._patient_until:
+                return Retry(_ABSENT_S)
             return Retry(_AGAIN_S) if refused.status == 503 else _told(refused.failure)
         except AccountsError:  # they are away
             return Retry(_AGAIN_S)
@@ -133,6 +140,8 @@ class Background:
         if key is None and not self._lets_in(owner):
             return _REVOKED
         version = self._models.choose(name, path, None)
+        if not version.open and version.waiting():
+            return Retry(_AGAIN_S)  # one that waits for a replica is enough, and the others hold up no other model's
         asked = asking.read(path, body, found, length=length_of(version))
         if asked.stream:
             raise Refused("a request of a batch cannot be streamed", "stream")

@@ -16,8 +16,9 @@ from headrace.serving.routes import DoorReport, Routes
 class SideDoor:
     """What routes background work. It lives on one event loop, on which all its methods are called.
 
-    It reports what it hears of replicas, and which groups it waits for, so that one that ended while nothing was asked is started for it. It
-    counts no requests: versions are judged, and replicas added, by what people wait for. `lobby` has those of other services behind the same address.
+    It reports what it hears of replicas, and which groups it waits for, so that one is started where the last has ended while nothing was asked,
+    and no more than one. It counts no requests: versions are judged, and replicas added, by what people wait for. `lobby` has those of other
+    services behind the same address.
     """
 
     def __init__(self, service: str, *, name: str, ask_words: AskWords | None = None) -> None:
@@ -37,7 +38,7 @@ class SideDoor:
 
     def report(self) -> DoorReport:
         """What control is to know."""
-        return DoorReport(self.name, {}, self.fleet.replicas(), self.fleet.hung(), self.fleet.waiting())
+        return DoorReport(self.name, {}, self.fleet.replicas(), self.fleet.hung(), dict.fromkeys(self.fleet.waiting(), 1))
 
     def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
         """What control tells doors in return; there is nobody here to be shown it."""

@@ -51,6 +51,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.report import count, rate, size
+from headrace.serving.routes import BACKSTAGE
 
 _EVENTS = 8
 _WIDE = 200  # characters of a line of text
@@ -100,7 +101,7 @@ def text(status: Mapping[str, Any], *, url: str = "") -> str:
 def _head(status: Mapping[str, Any], versions: Sequence[Mapping[str, Any]], url: str) -> Text:
     answered = [value for version in versions if isinstance(value := version.get("answered_per_s"), (int, float))]
     said = [_clean(url)] if url else []
-    said.append(count(len(_maps(status, "doors")), "door"))
+    said.append(count(sum(door.get("name") != BACKSTAGE for door in _maps(status, "doors")), "door"))
     if answered:
         said.append(f"{rate(sum(answered))} requests/s")
     return Text.assemble((_clean(status.get("service")), "bold"), "  ", (", ".join(said), "dim"))
