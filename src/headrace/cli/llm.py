@@ -14,6 +14,7 @@ from headrace.cli.options import (
     Accounts,
     Address,
     AllowNoKeys,
+    Background,
     Behind,
     CanaryShare,
     Deadline,
@@ -30,7 +31,7 @@ from headrace.cli.options import (
     Verbose,
     check_behind,
 )
-from headrace.cli.serve import SPOKEN_S, Shown, check_name, opened, replica_bounds, seconds, takeover, tell
+from headrace.cli.serve import SPOKEN_S, Shown, check_name, opened, replica_bounds, seconds, share, takeover, tell
 from headrace.errors import ServiceError, SettingError, listing
 from headrace.speech import EMBEDDINGS
 
@@ -86,6 +87,7 @@ def llm(
     accounts: Accounts = None,
     prices: Prices = None,
     files: Files = None,
+    background: Background = "25%",
     tls: Tls = None,
     allow_no_keys: AllowNoKeys = False,
     doors: Doors = 2,
@@ -106,7 +108,8 @@ def llm(
     pipelines = made(models, name or [], lora=lora, on=hardware(device, gpus, cpus), engine=engine_arguments(engine or []), embed=embed, size=size)
     from headrace.serving.routes import Limits
 
-    limits = Limits(deadline_s=SPOKEN_S if deadline is None else seconds(deadline, "--deadline"))
+    deadline_s = SPOKEN_S if deadline is None else seconds(deadline, "--deadline")
+    limits = Limits(deadline_s=deadline_s, background=share(background, "--background"))
     idle_s, opening = seconds(idle, "--idle"), opened(accounts, prices, files)
     from headrace.on_ray.deploying import Bounds, Change
     from headrace.on_ray.service import Service, Where, serve
@@ -132,7 +135,8 @@ def greet(standing: Standing, began_s: float) -> None:
             took = f"; its first {'vector' if path == EMBEDDINGS else 'token'} came {took_s * 1e3:.0f} ms after it was asked for"
         except ServiceError as error:
             took = f"; but {error}"
-        tell(f"{model} answers at {standing.url}/v1, also by the name {service.pipeline.name}")
+        alias = service.pipeline.name
+        tell(f"{model} answers at {standing.url}/v1" + (f", also by the name {alias}" if alias != model else ""))
         tell(standing.curl(path, model))
         tell(f"{model} was ready {ready_s:.1f} s after the start{took}")
 

@@ -43,6 +43,12 @@ Deadline = Annotated[
     ),
 ]
 MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The largest body of a request, such as 16MB.")]
+Background = Annotated[
+    str,
+    typer.Option(
+        "--background", metavar="SHARE", help="Of a language model's places, how many requests of the class `batch` have while better ones are asked."
+    ),
+]
 MaxRows = Annotated[int, typer.Option(min=1, metavar="N", help="The most rows of a request.")]
 Keys = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer only to keys in this file, which headrace keys makes.")]
 Accounts = Annotated[

@@ -19,6 +19,7 @@ from headrace.cli.options import (
     Accounts,
     Address,
     AllowNoKeys,
+    Background,
     Behind,
     CanaryShare,
     Deadline,
@@ -80,6 +81,7 @@ def serve(
     accounts: Accounts = None,
     prices: Prices = None,
     files: Files = None,
+    background: Background = "25%",
     tls: Tls = None,
     allow_no_keys: AllowNoKeys = False,
     doors: Doors = 2,
@@ -107,7 +109,7 @@ def serve(
 
     if deadline_s is None:
         deadline_s = SPOKEN_S if "speech" in contract(pipeline) else Limits().deadline_s
-    limits = Limits(most_bytes, max_rows, deadline_s=deadline_s, latency_s=latency_s)
+    limits = Limits(most_bytes, max_rows, deadline_s=deadline_s, latency_s=latency_s, background=share(background, "--background"))
     opening = opened(accounts, prices, files)
     from headrace.on_ray.deploying import Bounds, Change  # loads ray: a mistake above is told half a second earlier
     from headrace.on_ray.service import Service, Where
