@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
 import importlib
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import cloudpickle
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 import headrace as hr
 from headrace import cli
 from headrace.errors import HeadraceError, ServingError, SettingError
+from headrace.llms import places
 from headrace.on_ray.intent import Face, Service, Standing
 from headrace.serving import place
 from headrace.serving.bodies.openapi import contract
@@ -29,6 +32,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """No services of this machine, and no model."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -79,6 +83,57 @@ def test_vectors():
     assert str(pipeline.outputs["vector"]) == "Vector(384)"
 
 
+FILES = {"/acme/vectors/resolve/main/modules.json": b"[]", "/acme/vectors/resolve/main/config.json": b'{"hidden_size": 12}'}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub of one embedding model, which asks for a token."""
+
+    def do_GET(self) -> None:
+        found = FILES.get(self.path) if self.headers["Authorization"] == "Bearer mine" else None
+        self.send_response(404 if found is None else 200)
+        self.send_header("Content-Length", str(len(found or b"")))
+        self.end_headers()
+        self.wfile.write(found or b"")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_hub_says_which_models_give_vectors(monkeypatch: pytest.MonkeyPatch):
+    hub = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "mine")
+        assert [places.embeds(name) for name in ("acme/vectors", "acme/chat")] == [False, False]  # it is not asked
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        chat, vectors = made("acme/chat", "acme/vectors")
+        assert contract(chat)["speech"]["paths"][0] == "/v1/chat/completions"
+        assert contract(vectors)["speech"] == {"model": "acme/vectors", "paths": ["/v1/embeddings"]}
+        assert str(vectors.outputs["vector"]) == "Vector(12)"
+        monkeypatch.delenv("HF_TOKEN")
+        assert not places.embeds("acme/vectors")
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+    assert not places.embeds("acme/vectors")  # nobody answers
+
+
+def test_a_folder_says_whether_it_gives_vectors(tmp_path: Any):
+    (tmp_path / "config.json").write_text('{"hidden_size": 12}')
+    assert contract(made(str(tmp_path))[0])["speech"]["paths"][0] == "/v1/chat/completions"
+    (tmp_path / "modules.json").write_text("[]")
+    assert contract(made(str(tmp_path))[0])["speech"]["paths"] == ["/v1/embeddings"]
+
+
+def test_models_of_a_registry():
+    (pipeline,) = made("models:/tiny@champion")
+    assert (pipeline.name, pipeline.stages[0].call.model) == ("tiny", "models:/tiny@champion")
+
+
 def test_a_replica_needs_no_file():
     (pipeline,) = made("Qwen/Qwen3-0.6B", lora="acme/adapter")
     code = f"import pickle, sys; stages = pickle.loads({cloudpickle.dumps(pipeline.stages)!r}); print(stages[0].call.model, stages[0].call.lora)"
@@ -99,7 +154,7 @@ def test_a_replica_needs_no_file():
         (("./none",), {}, "MODEL './none' is no folder on this machine"),
         (("a/b/c",), {}, "MODEL 'a/b/c' is no folder on this machine"),
         (("acme/a",), {"lora": "~/none"}, "--lora '~/none' is no folder"),
-        (("models:/a/1",), {}, "names an entry of a model registry"),
+        (("models:/a/b/c",), {}, "models:/"),
         (("acme/a",), {"embed": True}, "is not on this machine, so the size of its vectors is not known"),
     ],
 )

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from headrace.on_ray.service import Standing
     from headrace.pipeline import Pipeline
 
-Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Each a name on the hub, a folder, or a URI such as s3://models/qwen.")]
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Each a name on the hub, a folder, a URI such as s3://models/qwen, or one in a registry, models:/name@alias."),
+]
 Names = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,7 +56,7 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What repli
 Gpus = Annotated[float, typer.Option(metavar="N", help="GPUs of a replica; a part of one is shared, several hold a model together.")]
 Cpus = Annotated[float, typer.Option(metavar="N", help="CPU cores that are reserved for a replica without a GPU.")]
 Replicas = Annotated[str, typer.Option(metavar="LEAST:MOST", help="Replicas of each model: 2, 1:8, or 0:4 to end the last while idle.")]
-Embed = Annotated[bool, typer.Option("--embed", help="The models turn text into vectors: /v1/embeddings.")]
+Embed = Annotated[bool, typer.Option("--embed", help="The models turn text into vectors: /v1/embeddings. Those that sentence-transformers knows do without.")]
 Size = Annotated[int | None, typer.Option(min=1, metavar="N", help="With --embed: numbers of a vector, where the model is not on this machine yet.")]
 Lora = Annotated[str | None, typer.Option(metavar="NAME", help="A LoRA adapter of the one model: a folder, a URI, or a name on the hub.")]
 EngineOptions = Annotated[
@@ -144,19 +147,20 @@ def made(models: list[str], names: list[str], *, lora: str | None, on: list[Hard
     Raises:
         HeadraceError: models, names and options do not go together.
     """
+    from headrace.llms import places
     from headrace.llms.llm import LLM
-    from headrace.llms.places import public_name
     from headrace.pipeline import Pipeline
 
     if names and len(names) != len(models):
         raise SettingError(f"--name is given {len(names)} times, and there are {len(models)} models; name each, in their order, or none")
     if lora is not None and len(models) > 1:
         raise SettingError(f"--lora {lora!r} is an adapter of one model, and there are {len(models)}; serve that one with --behind, in a command of its own")
-    if size is not None and not embed:
-        raise SettingError("--size is about vectors: give it with --embed")
     found = [placed(model, "MODEL") for model in models]
+    vectors = [embed or (lora is None and places.embeds(model)) for model in found]
+    if size is not None and not any(vectors):
+        raise SettingError("--size is about vectors: give it with --embed")
     adapter = None if lora is None else placed(lora, "--lora")
-    called = names or [pipeline_name(public_name(adapter or model)) for model in found]
+    called = names or [pipeline_name(places.public_name(adapter or model)) for model in found]
     for name in called:
         check_name(name, "--name")
         if "-" in name:
@@ -164,7 +168,10 @@ def made(models: list[str], names: list[str], *, lora: str | None, on: list[Hard
     if twice := [name for name in called if called.count(name) > 1]:
         raise SettingError(f"two models would be called {twice[0]!r}; tell them apart with --name, once for each of {listing(models)}")
     stages = [
-        LLM(model=model, prompt="{text}", out="vector" if embed else "answer", embed=embed, size=size, lora=adapter, engine=engine, on=on) for model in found
+        LLM(model=model, embed=True, size=size or places.vector_size(model, hub=True), engine=engine, on=on)
+        if embeds
+        else LLM(model=model, prompt="{text}", out="answer", lora=adapter, engine=engine, on=on)
+        for model, embeds in zip(found, vectors, strict=True)
     ]
     return [Pipeline(name, stage) for name, stage in zip(called, stages, strict=True)]
 
@@ -175,13 +182,16 @@ def placed(model: str, what: str) -> str:
     Raises:
         SettingError: it is no folder, and can be nothing else.
     """
+    from headrace import registry
     from headrace.llms import places
 
     places.check(model, what)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
-    if "://" not in model and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+    if registry.is_address(model) or "://" in model:
+        return model
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise SettingError(f"{what} {model!r} is no folder on this machine; correct the path, or name a model of the hub, such as Qwen/Qwen3-0.6B")
     return model
 

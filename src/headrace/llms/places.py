@@ -6,11 +6,17 @@ import contextlib
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from headrace import copies, registry
 from headrace.errors import SettingError
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_S = 10.0
+_MOST_BYTES = 1 << 20
 
 
 def check(name: Any, what: str) -> None:
@@ -48,12 +54,30 @@ def _printable(name: str) -> str:
     return re.sub(r"[^\x21-\x7e]", "-", name)[:200] or "model"
 
 
-def vector_size(name: str) -> int | None:
-    """How many numbers the vectors of an embedding model have, by its `config.json`; None where that is not on this machine."""
-    folder = find(name)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        config = json.loads(((folder or Path()) / "config.json").read_text(encoding="utf-8")) if folder else {}
-        return int(config["hidden_size"])
+def vector_size(name: str, *, hub: bool = False) -> int | None:
+    """How many numbers the vectors of an embedding model have, by its `config.json`; None where that is not on this machine, nor on the `hub`, if asked."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(_read(name, "config.json", hub=hub) or b"{}")["hidden_size"])
+    return None
+
+
+def embeds(name: str) -> bool:
+    """Whether a model says that it turns text into vectors, as those of sentence-transformers do; asks the hub if it is not on this machine."""
+    return _read(name, "modules.json", hub=True) is not None
+
+
+def _read(name: str, file: str, *, hub: bool) -> bytes | None:
+    """A small file of a model, if it has one."""
+    if (folder := find(name)) is not None:
+        with contextlib.suppress(OSError):
+            return (folder / file).read_bytes()
+    elif hub and _HUB_NAME.fullmatch(name) and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        token = os.environ.get("HF_TOKEN")
+        url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/main/{file}"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})  # noqa: S310 - of the user's own environment
+        with contextlib.suppress(urllib.error.URLError, OSError, ValueError), urllib.request.urlopen(request, timeout=_HUB_S) as answer:  # noqa: S310
+            found: bytes = answer.read(_MOST_BYTES)
+            return found
     return None
 
 
