@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
-from speakers import FakeSpeaker
+from speakers import FakeSpeaker, prompt_of
 
 import headrace as hr
 from headrace.hardware import Cluster, Node
@@ -35,7 +35,7 @@ class Parroting(FakeSpeaker):
         self, path: str, body: bytes | Mapping[str, Any], *, priority: int = 1, request_id: str | None = None, spent: Spent
     ) -> Reply | AsyncIterator[str]:
         said = await super().speak(path, body, priority=priority, request_id=request_id, spent=spent)
-        return said if isinstance(said, Reply) or not json.dumps(body).count("break") else _broken(said)
+        return _broken(said) if not isinstance(said, Reply) and isinstance(body, Mapping) and prompt_of(body).startswith("break") else said
 
 
 async def _broken(events: AsyncIterator[str]) -> AsyncIterator[str]:

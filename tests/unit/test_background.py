@@ -92,7 +92,7 @@ def run(test: Callable[[Service], Awaitable[None]]) -> None:
         try:
             await asyncio.wait_for(test(service), 50)
         finally:
-            service.door.close()
+            await service.door.close(timeout_s=0.0)
             for replica in service.opened:
                 await asyncio.to_thread(replica.server.close)
                 replica.speaker.close()
@@ -204,7 +204,7 @@ def test_a_replica_that_refuses_gets_no_more_until_it_tells_again(tmp_path: Path
         assert background.slots() == 0
         replica.speaker.resume()
         await asyncio.gather(*asking)
-        people.door.close()
+        await people.door.close(timeout_s=0.0)
         await soon(lambda: background.slots() == 7)
 
     run(test)
@@ -361,5 +361,28 @@ def test_a_key_asks_only_its_models_and_a_key_of_the_file_is_not_booked(tmp_path
                     good, none = await results(depot, await over(depot, theirs, "bob"), "bob")
         assert {line["response"]["status_code"] for line in bad.values()} == {403} and len(good) == 2 and not none
         assert accounts.used() == []
+
+    run(test)
+
+
+def test_lines_for_a_guest_go_to_its_replicas(tmp_path: Path):
+    async def test(service: Service) -> None:
+        host, guest = service.replica(), service.replica()
+        await service.route(host)
+        door = service.door.lobby.seat("other")
+        background = Background(service.door)
+        with depot_in(tmp_path, time.time) as depot:
+            asked = b"".join(request_line(f"r{at}", model="other", messages=[{"role": "user", "content": f"word {at}"}]) for at in range(50))
+            batch = await order(depot, asked)
+            async with working(depot, background, background.slots):  # type: ignore[arg-type]
+                await soon(lambda: background.slots() == 7)  # lines wait while nothing is known of the guest
+                group = GroupRoute("all", (guest.endpoint,))
+                door.update(Routes("other", 1, (VersionRoute(1, 1.0, (group,), contract(hr.Pipeline("other", Parrot()))),), Limits()))
+                good, bad = await results(depot, await over(depot, batch))
+                await service.door.lobby.dismiss("other", timeout_s=5.0)
+                _, gone = await results(depot, await over(depot, await order(depot, request_line("a", model="other"))))
+        assert len(good) == 50 and not bad
+        assert len(guest.speaker.seen) == 50 and not host.speaker.seen
+        assert gone["a"]["response"]["body"]["error"]["code"] == "model_not_found"
 
     run(test)

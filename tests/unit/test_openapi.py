@@ -142,10 +142,21 @@ def test_what_is_told_of_a_request():
     """Headers, statuses and bounds."""
     post = document(keys=True)["paths"]["/every"]["post"]
     assert [one["name"] for one in post["parameters"]] == ["X-Request-Timeout", "X-Priority", "X-Request-ID"]
-    assert list(post["responses"]) == ["200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504"]
+    assert list(post["responses"]) == ["200", "400", "401", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"]
     assert list(post["requestBody"]["content"]) == ["application/json", "application/vnd.apache.arrow.stream", "application/x-ndjson"]
     assert "Retry-After" in document()["components"]["responses"]["429"]["headers"]
     assert document()["components"]["schemas"]["Rows"]["properties"]["rows"]["maxItems"] == 100
+
+
+def test_text_that_is_sent_as_it_is_written():
+    """A pipeline whose last stage writes text says so, in the document and on the page; others do not."""
+    written = openapi.contract(hr.Pipeline("notes", hr.LLM(model="acme/small", prompt="{text}", out="note")))
+    made = document(written)
+    OpenAPIV31SpecValidator(made).validate()
+    told = made["paths"]["/notes"]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["description"]
+    assert openapi.schema(written)["streams"] == "note" and '{"column": "note", "text": "a piece"}' in told and "event: row" in told
+    assert "event: row" in openapi.page(made) and "event: row" not in openapi.page(document())
+    assert "text/event-stream" not in document()["paths"]["/every"]["post"]["responses"]["200"]["content"]
 
 
 def test_a_column_named_rows():

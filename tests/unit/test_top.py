@@ -139,7 +139,7 @@ def test_what_control_says_is_what_is_shown() -> None:
         steering.tick(now_s=float(at), at_s=1_800_000_000.0 + at, failures={})
     status = steering.status(now_s=11.0, at_s=1_800_000_011.0)
     assert json.loads(json.dumps(status)) == status
-    assert status.keys() | {"door"} == set(re.findall(r"^    (\w+)(?=:|,|  )", view.__doc__ or "", re.MULTILINE)) | {"at_s"}
+    assert status.keys() | {"door", "guests"} == set(re.findall(r"^    (\w+)(?=:|,|  )", view.__doc__ or "", re.MULTILINE)) | {"at_s"}
     lines = [" ".join(line.split()) for line in view.text(status).splitlines()]
     assert lines[0] == "reviews 2 doors, 100 requests/s"
     assert "1 current 100% 100 4 20 ms 20 ms 2.0 0 0 0" in [re.sub(r"\b(19|2\d) ms", "20 ms", line) for line in lines]
@@ -205,6 +205,21 @@ def test_once(service: Service) -> None:
     assert call() == call("reviews", "--once") == call(where)
     with pytest.raises(ServingError, match="no service 'reviewz'.*did you mean 'reviews'"):
         call("reviewz")
+
+
+def test_services_behind_one_address(service: Service) -> None:
+    """All of them, one below the other, or the one that is named."""
+    service.answer = json.dumps({**STATUS, "guests": [{"service": "chat", "versions": []}, "no map"]}).encode()
+    where = f"127.0.0.1:{service.server_port}"
+    host = place.here("reviews", address="", token="", url=f"http://{where}", drain_s=1.0)
+    for name in ("chat", "draw"):
+        place.write(dataclasses.replace(host, service=name, behind="reviews"))
+    place.write(host)
+    assert call() == view.text(STATUS, url=f"http://{where}") + "\nchat  0 doors\n"
+    assert call("chat") == f"chat  http://{where}, 0 doors\n"
+    assert json.loads(call("chat", "--json")) == {"service": "chat", "versions": []}
+    with pytest.raises(ServiceError, match="has not heard of 'draw' yet"):
+        call("draw")
 
 
 def test_keys(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import http.client
 import json
 import threading
@@ -12,6 +14,7 @@ import pytest
 from writers import Measure, clean, engine_of, events, plan_of, serving, soon, summary
 
 import headrace as hr
+from headrace.errors import DeadlineError, FailedError, RowError, ServiceError, UnavailableError
 from headrace.serving.bodies.events import Events, event
 from headrace.serving.bodies.openapi import contract
 from headrace.serving.bodies.streams import write_stream
@@ -86,7 +89,7 @@ def test_long_answers(direct: bool, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_many_at_once_beside_rows_that_are_not_streamed():
-    with serving(THREE) as made:
+    with serving(THREE, sequences=64) as made:
         found: dict[int, Any] = {}
 
         def ask(at: int) -> None:
@@ -266,3 +269,80 @@ def test_events_in_pieces():
         reader = Events()
         found = [one for at in range(0, len(whole), size) for one in reader.feed(whole[at : at + size])]
         assert found == [("text", b'{"a":1}'), ("row", b"{}"), ("", b"")]
+
+
+# The client
+
+
+@pytest.mark.parametrize("pipeline", EACH, ids=lambda pipeline: pipeline.name)
+def test_the_client_gives_pieces_and_the_row_of_a_call(pipeline: hr.Pipeline):
+    with serving(pipeline) as made, hr.Client(made.url) as client:
+        remote = client[pipeline.name]
+        answer = remote.write(ROW)
+        pieces = list(answer)
+        assert len(pieces) == 6 and "".join(pieces) == answer.row["summary"] and answer.row == remote(ROW)
+        assert list(answer) == [] and remote.write(ROW).row == answer.row
+
+        async def read() -> tuple[list[str], Any]:
+            writing = remote.write(ROW)
+            return [piece async for piece in writing], writing.row
+
+        assert asyncio.run(read()) == (pieces, answer.row)
+
+
+def test_a_single_column_named_rows():
+    pipeline = hr.Pipeline("odd", summary(prompt="{rows}", out="rows"), outputs=["rows"])
+    with serving(pipeline) as made, hr.Client(made.url) as client:
+        assert client.odd.write({"rows": "a b"}).row == client.odd({"rows": "a b"}) == {"rows": "a b a b a b"}
+
+
+def test_what_the_client_raises():
+    with serving(TWO) as made, hr.Client(made.url, timeout_s=5) as client:
+        with pytest.raises(RowError, match="'text'"):
+            client.two.write({"txt": "a"}).row  # noqa: B018
+        broken = client.two.write({"text": "break it"})
+        assert next(broken) == "break" and next(broken) == " it"
+        with pytest.raises(FailedError, match="out of ideas") as caught:
+            next(broken)
+        assert caught.value.code == "stage_failed" and caught.value.request_id
+        with pytest.raises(FailedError, match="out of ideas"):
+            broken.row  # noqa: B018
+        with pytest.raises(FailedError, match="boom"):
+            list(client.two.write({"text": "boom"}))
+        made.engine.pause()
+        with pytest.raises(DeadlineError):
+            list(client.two.write(ROW, timeout_s=0.2))
+        made.engine.resume()
+    with serving(hr.Pipeline("plain", clean)) as made, hr.Client(made.url) as client, pytest.raises(ServiceError, match="no language model") as caught:
+        list(client.plain.write(ROW))
+    assert caught.value.status == 406
+
+
+def test_the_client_asks_again_until_the_first_piece_and_not_after():
+    with serving(hr.Pipeline("slow", summary(sampling=hr.Sampling(max_tokens=10**6))), word_s=0.001) as made, hr.Client(made.url) as client:
+        replica = made.replicas[0][0]
+        replica._draining = True  # it is busy, until it is not
+        answer = client.slow.write(ROW)
+        soon(lambda: made.server.call(lambda: made.server.door.fleet.versions[1].report.rejected))
+        replica._draining = False
+        assert next(answer) == "so"
+        replica.close()
+        with pytest.raises(UnavailableError):
+            list(answer)
+
+
+@pytest.mark.parametrize("way", ["close", "with", "forget"])
+def test_the_client_hangs_up(way: str):
+    with serving(hr.Pipeline("slow", summary(sampling=hr.Sampling(max_tokens=10**6))), word_s=0.001) as made, hr.Client(made.url) as client:
+        answer = client.slow.write(ROW)
+        if way == "with":
+            with answer:
+                assert next(answer) == "so"
+        else:
+            assert next(answer) == "so"
+        if way == "close":
+            answer.close()
+        elif way == "forget":
+            del answer
+            gc.collect()
+        soon(lambda: made.engine.cancelled == 1 and not made.in_flight())

@@ -10,6 +10,7 @@ from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from headrace import registry
 from headrace.batching import Rows
 from headrace.columns import Column, ColumnType, Vector, types_of
 from headrace.errors import DefinitionError, SettingError, check_number
@@ -38,7 +39,8 @@ class LLM:
     is one dead letter. At temperature 0, which is the default, `local`, batch and online give the same text.
 
     Attributes:
-        model: a name on the hub, a folder, or a URI such as `s3://models/qwen`, which is fetched into the user's cache once.
+        model: a name on the hub, a folder, a URI such as `s3://models/qwen`, or a name in an MLflow registry, `models:/qwen@champion` or
+            `models:/qwen/3`; the last two are fetched into the user's cache once.
         prompt: the text of a row's one message, with columns in braces; `{{` is a brace.
         messages: instead, a function whose parameters, annotated with plain types, are the columns; it returns a row's messages.
         reads: the types of columns in `prompt` that are not `str`, such as `{"stars": int}`.
@@ -51,7 +53,7 @@ class LLM:
         embed: turn the prompt, `{text}` when left out, into a vector; `out` is "vector" when left out.
         size: numbers per vector; read from the model where it is on this machine.
         sampling: how words are chosen.
-        lora: a LoRA adapter: a folder, a URI, or a name on the hub that is in the cache.
+        lora: a LoRA adapter: a folder, a URI, a name in a registry, or a name on the hub that is in the cache.
         engine: vLLM's engine arguments by their own names, before all defaults, such as `{"max_model_len": 8192}`.
         stall_s: an engine that has rows to compute and makes no step for so long is given up, and the replica with it.
 
@@ -179,6 +181,10 @@ class LLM:
         self._engine = Engine.start(config, where=self._where)
         weakref.finalize(self, self._engine.close)
         return str(self._engine)
+
+    def pinned_settings(self) -> Mapping[str, Any]:
+        """The settings that name models of a registry, with the versions that they name now; see `Stage.pinned`."""
+        return registry.pinned({"model": self.model, "lora": self.lora}, self._where)
 
     def speaks(self) -> Speech:
         """What this stage is to clients of OpenAI's interface; see `headrace.speech`."""

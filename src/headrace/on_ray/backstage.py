@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Coroutine
 from typing import Any
 
 from headrace.on_ray.doors import Opening
@@ -19,25 +19,30 @@ _LEFT_S = 5.0  # for work that is cancelled to let go of what it has
 
 
 class Backstage:
-    """The actor; `name` is what control knows it by among the doors."""
+    """The actor, for a service and its guests; `name` is what their controls know it by among the doors."""
 
     def __init__(self, service: str, name: str, opening: Opening) -> None:
-        self._ties = Ties(service)
+        self._ties: Ties[SideDoor] = Ties(service)
         self._loop = new_loop()()
         threading.Thread(target=self._loop.run_forever, name="headrace-backstage", daemon=True).start()
-        self._call(self._begin, service, name, opening)
-        self._ties.hold(self.door, self._call, self._watch)
+        self._run(self._begin(service, name, opening))
+        self._ties.hold(self._run, self._watch)
 
     def listens(self) -> None:
         """Answers as soon as it is there, as a door does."""
 
     def drain(self, timeout_s: float) -> None:
         """Begin nothing more, and finish what is at replicas. What is not done in time is left to who comes next."""
-        self._ties.stopped.set()
-        asyncio.run_coroutine_threadsafe(self._end(timeout_s), self._loop).result()
+        self._ties.close()
+        self._run(self._end(timeout_s))
 
-    def _begin(self, service: str, name: str, opening: Opening) -> None:
+    def dismiss(self, guest: str, timeout_s: float) -> None:
+        """Begin nothing more at a guest, which is none any more, and finish what is at its replicas."""
+        self._run(self.door.lobby.dismiss(guest, timeout_s=timeout_s))
+
+    async def _begin(self, service: str, name: str, opening: Opening) -> None:
         self.door = SideDoor(service, name=name, ask_words=ask_words)
+        self._ties.introduce(self.door.lobby)
         self._stopping = asyncio.Event()
         self._work = asyncio.get_running_loop().create_task(opening.work(self.door, self._stopping))
 
@@ -46,19 +51,15 @@ class Backstage:
         await asyncio.wait({self._work}, timeout=timeout_s)
         self._work.cancel()
         await asyncio.wait({self._work}, timeout=_LEFT_S)
-        self.door.close()
+        await self.door.close(timeout_s=0.0)
 
     def _watch(self) -> None:
         """The work ends when it is told to, or because of a mistake."""
-        asyncio.run_coroutine_threadsafe(asyncio.wait({self._work}), self._loop).result()
-        if not self._ties.stopped.is_set():
+        self._run(asyncio.wait({self._work}))
+        if not self._ties.closed:
             self._work.result()
             raise RuntimeError("the work in the background has ended by itself")
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns that is called on the loop."""
-
-        async def called() -> Any:
-            return function(*arguments)
-
-        return asyncio.run_coroutine_threadsafe(called(), self._loop).result()
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What a coroutine returns that runs on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -12,7 +12,7 @@ from headrace.on_ray.ties import Ties, ask_words
 from headrace.serving.door.app import Door
 from headrace.serving.door.server import DoorServer
 from headrace.serving.door.side import SideDoor
-from headrace.serving.watch.logs import AccessLog
+from headrace.serving.watch.logs import AccessLog, Shared
 from headrace.serving.watch.pipes import writer
 from headrace.serving.watch.traces import Traces
 
@@ -48,19 +48,28 @@ class Opening(Protocol):
 
 
 class FrontDoor:
-    """The actor."""
+    """The actor: a door of a service, and behind it one of each of that service's guests."""
 
     def __init__(self, listening: Listening, number: int) -> None:
-        service, name = listening.service, str(number)
-        self._ties = Ties(service)
-        log = None if listening.logs is None else AccessLog(writer(listening.logs, number) or sys.stdout, service=service, door=name)
-        self.door = Door(service, name=name, ask_words=ask_words, log=log)
-        self.door.traces = Traces.from_environment(service, door=name)
+        stream = None if listening.logs is None else Shared(writer(listening.logs, number) or sys.stdout)
+
+        def make(service: str) -> Door:
+            log = None if stream is None else AccessLog(stream, service=service, door=str(number))
+            made = Door(service, name=str(number), ask_words=ask_words, log=log, guest=service != listening.service)
+            made.traces = Traces.from_environment(service, door=str(number))
+            return made
+
+        async def prepare() -> None:
+            if listening.opening is not None:
+                await listening.opening.open(self.door)
+            self._ties.introduce(self.door.lobby)
+
+        self._ties: Ties[Door] = Ties(listening.service)
+        self.door = make(listening.service)
+        self.door.lobby.make = make
         self.server = DoorServer(self.door, host=listening.host, port=listening.port, tls=listening.tls)
-        self.port = self.server.start()
-        if listening.opening is not None:
-            self.server.run(listening.opening.open(self.door))
-        self._ties.hold(self.door, self.server.call)
+        self.port = self.server.start(prepare)
+        self._ties.hold(self.server.run)
 
     def listens(self) -> tuple[int, int]:
         """The port, and the process."""
@@ -68,7 +77,9 @@ class FrontDoor:
 
     def drain(self, timeout_s: float) -> None:
         """Take no more connections, and finish what was taken."""
-        self._ties.stopped.set()
+        self._ties.close()
         self.server.stop(timeout_s)
-        if self.door.log is not None:
-            self.door.log.close()
+
+    def dismiss(self, guest: str, timeout_s: float) -> None:
+        """Take no more requests for a guest, which is none any more, and finish those that were taken."""
+        self.server.run(self.door.lobby.dismiss(guest, timeout_s=timeout_s))

@@ -101,7 +101,7 @@ def serve(
     """
     plan = pipeline
     if isinstance(plan, Pipeline):
-        plan = planning.resolve(plan, cluster.describe() if ray.is_initialized() else cluster.here(), online=True)
+        plan = planning.resolve(plan.pinned(), cluster.describe() if ray.is_initialized() else cluster.here(), online=True)
 
     def scaled(deployment: Any, group: Group) -> Any:
         least, most = group.replicas or (1, 1)

@@ -68,13 +68,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """A service as its doors see it. `revision` grows with every change; `keys` are the hashes of valid API keys, None while none are asked for."""
+    """A service as its doors see it. `revision` grows with every change; `keys` are the hashes of valid API keys, None while none are asked for.
+
+    `guests` are the services that have no doors of their own, and are behind these.
+    """
 
     service: str
     revision: int
     versions: tuple[VersionRoute, ...]
     limits: Limits = Limits()
     keys: Mapping[str, str] | None = None  # SHA-256 of the key, in hex -> the key's name
+    guests: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

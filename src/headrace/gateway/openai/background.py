@@ -57,7 +57,7 @@ class Background:
     def __init__(self, door: SideDoor, *, till: Till | None = None) -> None:
         self._door = door
         self._till = till
-        self._models = Models(door.fleet)
+        self._models = Models(door.lobby.fleets)
         self._rooms: dict[Link, _Room] = {}
         self._numbers: dict[str, int | None] = {}  # of keys in the accounts, which are the same for ever
         self._short_s: dict[str, float] = {}  # owners whose budget is held by requests under way, until when no other line tries
@@ -70,7 +70,7 @@ class Background:
         """
         most = 0
         rooms: dict[Link, _Room] = {}
-        for version in self._door.fleet.versions.values():
+        for version in [version for fleet in self._door.lobby.fleets() for version in fleet.versions.values()]:
             if version.route.weight > 0 and speech(version):
                 links = version.pools[-1].usable
                 rooms |= {link: self._room(link) for link in links}
@@ -193,28 +193,32 @@ class Background:
         """Ask a replica."""
         path, pool = line.batch.endpoint, version.pools[-1]
         question = Question(path, PRIORITY, asked.prompt_tokens + asked.answer_tokens(path, length_of(version)))
-        outcome = await self._journey(line, asked).ask(pool, line.body, Whole(question))
+        door = self._door.lobby.of(version)
+        with door.turnstile.passing():
+            outcome = await self._journey(line, asked).ask(pool, line.body, Whole(question))
         if not isinstance(outcome, Failure):
             said, answer = outcome
-            return self._answered(said, bytes(answer), model)
+            if 200 <= said.status < 300:
+                door.retries.earn()
+            return _answered(said, bytes(answer), model)
         if outcome in _LATER:
             return Retry(max(pool.retry_after_s, _AGAIN_S if outcome is not NO_ROOM else 0.0))
         if outcome is BROKEN_OFF or outcome.code in _GUILTY:  # the replicas that were lost with it took other requests with them
             return Failed("server_error", outcome.message)
         return Lost(outcome.message) if outcome.status >= 500 else _told(outcome)
 
-    def _answered(self, said: Said, answer: bytes, model: str) -> Outcome:
-        if not answer:
-            return Lost("the deadline passed before there was an answer")
-        if not 200 <= said.status < 300:
-            return Answered(said.status, answer)
-        self._door.retries.earn()
-        return Answered(said.status, answer, Usage(said.prompt_tokens, said.completion_tokens, min(said.cached_tokens, said.prompt_tokens)), model=model)
-
     @staticmethod
     def _journey(line: Line, asked: Asked, *, priority: int = PRIORITY) -> Journey:
         deadline = asyncio.get_running_loop().time() + _LINE_S
         return Journey(deadline, priority, request_id=request_id(line.batch, line.number), prefix=asked.prefix)
+
+
+def _answered(said: Said, answer: bytes, model: str) -> Outcome:
+    if not answer:
+        return Lost("the deadline passed before there was an answer")
+    if not 200 <= said.status < 300:
+        return Answered(said.status, answer)
+    return Answered(said.status, answer, Usage(said.prompt_tokens, said.completion_tokens, min(said.cached_tokens, said.prompt_tokens)), model=model)
 
 
 def _told(failure: Failure) -> Answered:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -14,7 +16,7 @@ from headrace.gateway.openai.notes import Case, attributes, note
 from headrace.gateway.openai.refusals import Refused
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
-from headrace.serving.door.exchange import CLOSE
+from headrace.serving.door.exchange import CLOSE, too_large
 from headrace.serving.door.journey import EXPIRED, Journey
 from headrace.serving.door.talk import Talk, count
 from headrace.serving.wire import Content, Failure, Question, Said
@@ -37,12 +39,15 @@ _NO_BATCHES = Failure(404, "not_found", "this service keeps no files and runs no
 
 
 class Edge:
-    """Answers all paths below `/v1/`. `till` keeps limits and accounts, if there are any; `files` are files and batches, if they are kept."""
+    """Answers all paths below `/v1/`, for all services behind the address whose door this is: the model's name says whose a request is.
+
+    `till` keeps limits and accounts, if there are any; `files` are files and batches, if they are kept.
+    """
 
     def __init__(self, door: Door, *, till: Till | None = None, files: Files | None = None, during: AsyncExitStack | None = None) -> None:
         self.door = door
         self._during = during
-        self.models = Models(door.fleet)
+        self.models = Models(door.lobby.fleets)
         self.till = till
         self.files = files
 
@@ -87,12 +92,12 @@ class Edge:
         head = heads.read(exchange.found)
         if head.content is not Content.JSON:
             raise Refused("the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type")
-        limits = self.door.limits
-        left_s = limits.deadline_s if head.timeout_s is None else min(limits.deadline_s, head.timeout_s)
-        deadline = exchange.began + left_s
-        case = Case(exchange, path, caller, max(caller.priority, head.priority if b"x-priority" in exchange.found else 0))
+        bounds = [door.limits for door in self.door.lobby.doors]  # only the body says which of them hold
+        left_s = min(math.inf if head.timeout_s is None else head.timeout_s, max(limits.deadline_s for limits in bounds))
+        case = Case(exchange, path, caller, max(caller.priority, head.priority if b"x-priority" in exchange.found else 0), self.door)
         whole = exchange.whole
-        body = await exchange.body(length=head.length, most_bytes=limits.body_bytes, until=exchange.began + limits.body_s, expires=deadline)
+        most_bytes, body_s = max(limits.body_bytes for limits in bounds), self.door.limits.body_s
+        body = await exchange.body(length=head.length, most_bytes=most_bytes, until=exchange.began + body_s, expires=exchange.began + left_s)
         case.read_s = exchange.began if whole else self.door.now()
         try:
             if self.door.closing:
@@ -102,20 +107,32 @@ class Edge:
             elif left_s <= 0:
                 case.failure = EXPIRED
             else:
-                await self._converse(case, body, head, deadline)
+                await self._converse(case, body, head)
         except Refused as refused:
             case.failure = refused.failure
         if case.failure is not None and not (case.talk is not None and case.talk.begun):
             waits = case.failure.status in (429, 503) and not case.declined
             more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if waits else ()
             await self._refuse(exchange, case.failure, *more)
-        note(self.door, case)
+        note(case)
 
-    async def _converse(self, case: Case, body: bytes, head: heads.Head, deadline: float) -> None:
-        """Ask a replica, and pass its answer on."""
+    async def _converse(self, case: Case, body: bytes, head: heads.Head) -> None:
+        """Find out who is asked, and have them answer."""
         found = asking.parse(body)
-        name = asking.model_of(found)
-        case.version = version = self.models.choose(name, case.path, head.version)
+        version = self.models.choose(asking.model_of(found), case.path, head.version)
+        case.version, case.door = version, self.door.lobby.of(version)
+        limits = case.door.limits
+        if len(body) > limits.body_bytes:
+            case.failure = too_large(limits.body_bytes)
+            return
+        deadline = case.exchange.began + min(limits.deadline_s, math.inf if head.timeout_s is None else head.timeout_s)
+        with contextlib.nullcontext() if case.door is self.door else case.door.turnstile.passing():
+            await self._put(case, found, body, head, deadline)
+
+    async def _put(self, case: Case, found: dict[str, Any], body: bytes, head: heads.Head, deadline: float) -> None:
+        """Ask a replica within the limits of the key, and pass its answer on."""
+        version, name = case.version, found["model"]
+        assert version is not None
         length = length_of(version)
         case.asked = asked = asking.read(case.path, body, found, length=length)
         case.body = body
@@ -145,7 +162,7 @@ class Edge:
 
     def _journey(self, case: Case, head: heads.Head, deadline: float) -> Journey:
         """A request on its way, with its span where traces are on."""
-        traces, request_id = self.door.traces, case.exchange.request_id
+        traces, request_id = case.door.traces, case.exchange.request_id
         prefix = None if case.asked is None else case.asked.prefix
         if traces is None:
             return Journey(deadline, case.priority, head.trace, request_id=request_id, prefix=prefix)
@@ -156,7 +173,7 @@ class Edge:
         version, exchange = case.version, case.exchange
         assert version is not None
         case.journey = journey = self._journey(case, head, deadline)
-        talk = case.talk = Talk(question, exchange, broken=refusals.last, spoken=self.door.metrics.spoken(version.number))
+        talk = case.talk = Talk(question, exchange, broken=refusals.last, spoken=case.door.metrics.spoken(version.number))
         version.report.in_flight += 1
         number = (b"x-headrace-version", b"%d" % version.number)
         try:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headrace.serving.wire import Said
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
 if TYPE_CHECKING:
-    import asyncio
-
     from headrace.gateway.openai.asked import Asked
     from headrace.serving.door.app import Door
     from headrace.serving.door.callers import Caller
@@ -18,16 +15,14 @@ if TYPE_CHECKING:
     from headrace.serving.door.fleet import Version
     from headrace.serving.door.journey import Journey
     from headrace.serving.door.talk import Talk
-    from headrace.serving.watch.speech import Spoken
-    from headrace.serving.wire import Failure
+    from headrace.serving.wire import Failure, Said
 
 _OPERATIONS = {CHAT: "chat", COMPLETIONS: "text_completion", EMBEDDINGS: "embeddings"}
-_GONE = 499
 
 
 @dataclass(slots=True)
 class Case:
-    """A request for an answer of a model: who asks, what, of which version; and what became of it.
+    """A request for an answer of a model: who asks, what, of which version behind which door; and what became of it.
 
     `read_s` is when its body was there, `declined` whether its key has not enough left for it.
     """
@@ -36,6 +31,7 @@ class Case:
     path: str
     caller: Caller
     priority: int
+    door: Door
     asked: Asked | None = None
     version: Version | None = None
     talk: Talk | None = None
@@ -52,9 +48,9 @@ def attributes(path: str, asked: Asked | None) -> dict[str, str]:
     return named if asked is None else {**named, "gen_ai.request.model": asked.model}
 
 
-def note(door: Door, case: Case) -> None:
+def note(case: Case) -> None:
     """Count a request that was answered, write the line of the log, and end the span."""
-    exchange, version, talk, journey = case.exchange, case.version, case.talk, case.journey
+    door, exchange, version, talk, journey = case.door, case.exchange, case.version, case.talk, case.journey
     status, number = exchange.status, version.number if version is not None else 0
     error = case.failure.code if case.failure is not None else None
     if talk is not None and talk.begun and case.failure is not None:
@@ -64,7 +60,7 @@ def note(door: Door, case: Case) -> None:
     if version is not None:
         version.count(status, took_s)
         if case.asked is not None and talk is not None:
-            _count(case, door.metrics.spoken(number), case.asked.model, status, now_s)
+            talk.count(case.asked.model, status, read_s=case.read_s, now_s=now_s)
     if status < 300:
         door.retries.earn()
     elif status in (429, 503):
@@ -98,27 +94,6 @@ def note(door: Door, case: Case) -> None:
             trace_id=span.trace_id if span is not None else None,
             asked=case.body.decode("utf-8", "replace") if case.caller.logged else None,
         )
-
-
-def _count(case: Case, spoken: Spoken, model: str, status: int, now_s: float) -> None:
-    """Count what a request came to; of one that was given up, the rest once its replica has told it."""
-    talk, journey = case.talk, case.journey
-    assert talk is not None
-    known = talk.said or Said(0)
-    spoken.used(model, known)
-    if status == 200 and known.status == 200 and journey is not None and journey.asked is not None:
-        late_s = case.read_s - case.exchange.began
-        first_s = None if talk.first_s is None else talk.first_s - late_s
-        spoken.answered(known, took_s=now_s - case.read_s, waited_s=journey.asked.waited_s, first_s=first_s)
-    if status == _GONE:
-        spoken.cancelled(model, begun=talk.begun)
-
-    def parted(parting: asyncio.Future[Said | None]) -> None:
-        if (told := parting.result()) is not None:
-            spoken.used(model, told, before=known)
-
-    if case.failure is not None:
-        talk.parting.add_done_callback(parted)
 
 
 def _spent(said: Said | None, replica: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Exchange:
     async def body(self, *, length: int | None, most_bytes: int, until: float, expires: float) -> bytes | Failure:
         """The whole body, or why there is none. Times are of the loop: `until` a body must be there, `expires` the request."""
         if length is not None and length > most_bytes:
-            return _too_large(most_bytes)
+            return too_large(most_bytes)
         if not self._memory.fits(length or 0):
             return FULL
         if self.whole:
@@ -150,7 +150,7 @@ class Exchange:
             self.bytes_in = len(data)
             self.unread = False
             if len(data) > most_bytes:
-                return _too_large(most_bytes)
+                return too_large(most_bytes)
             self.hold(len(data))
             return data
         pieces: list[bytes] = []
@@ -160,7 +160,7 @@ class Exchange:
                     pieces.append(piece)
                     self.hold(len(piece))
                     if self.bytes_in > most_bytes:
-                        return _too_large(most_bytes)
+                        return too_large(most_bytes)
                     if not self._memory.fits(0):
                         return FULL
         except TimeoutError:
@@ -280,7 +280,8 @@ class Ask:
     deadline: float
 
 
-def _too_large(most_bytes: int) -> Failure:
+def too_large(most_bytes: int) -> Failure:
+    """Why a body of more bytes is refused."""
     return Failure(
         413, "too_large", f"the body has more than {most_bytes:,} bytes, which is the most; send it in parts, or as a stream of {heads.NDJSON_TYPE.decode()}"
     )

@@ -19,10 +19,11 @@ _SHED = (429, 503)
 
 
 class Version:
-    """One version: its groups in order, and its counters. `open` says whether each group has a usable replica."""
+    """One version of a service: its groups in order, and its counters. `open` says whether each group has a usable replica."""
 
-    def __init__(self, route: VersionRoute) -> None:
+    def __init__(self, route: VersionRoute, service: str = "") -> None:
         self.route = route
+        self.service = service
         self.number = route.version
         self.pools: list[Pool] = []
         self.report = VersionReport()
@@ -95,7 +96,7 @@ class Fleet:
         for number, route in named.items():
             version = self.versions.get(number)
             if version is None:
-                version = self.versions[number] = Version(route)
+                version = self.versions[number] = Version(route, routes.service)
             version.route = route
             have = {pool.group: pool for pool in version.pools}
             version.pools = [have.pop(group.name) if group.name in have else self._pool(number, group.name) for group in route.groups]

@@ -13,7 +13,7 @@ from headrace.serving.door.pairs import Mirror, Pair
 from headrace.serving.door.retries import Retries
 from headrace.serving.door.routing import NO_ROOM
 from headrace.serving.door.streaming import Stream
-from headrace.serving.door.writing import Writing, refusal
+from headrace.serving.door.writing import NOT_OF_LINES, Writing, refusal
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Failure
 
@@ -69,7 +69,7 @@ class Rows:
         elif left_s <= 0:
             await self.turn_away(ask, EXPIRED, version)
         elif head.events:
-            await self._write(ask, version)
+            await self._write(ask, head.content, version)
         elif head.content is None:
             await Stream(self, ask, version).run()
         else:
@@ -98,26 +98,28 @@ class Rows:
         await exchange.reply(200, outcome.body, _KINDS[head.accept], (b"x-headrace-version", b"%d" % version.number), (b"server-timing", timing))
         self._end(ask, journey, version, outcome)
 
-    async def _write(self, ask: Ask, version: Version) -> None:
+    async def _write(self, ask: Ask, content: Content | None, version: Version) -> None:
         """Answer one row while the answer is written."""
-        content = ask.head.content
-        refused = refusal(version, content)
-        body = refused if refused is not None else await self._read(ask, version)
-        if isinstance(body, Failure) or content is None:
-            assert isinstance(body, Failure)  # rows as lines are refused
+        if content is None:
+            await self.turn_away(ask, NOT_OF_LINES, version)
+            return
+        body = refusal(version) or await self._read(ask, version)
+        if isinstance(body, Failure):
             await self.turn_away(ask, body, version)
             return
         journey = self.journey(ask)
-        writing = Writing(ask, journey, body, content)
+        writing = Writing(ask, journey, body, content, metrics=self._door.metrics)
         ask.exchange.stop_with_client(journey)
         failure, version = await self._tried(ask, journey, version, writing.through)
         ask.exchange.watch(None)
+        status = 200 if failure is None else failure.status
+        if writing.talk is not None:
+            writing.talk.count(version.pipeline, status, read_s=writing.asked_s, now_s=self._door.now())
         if failure is not None and not writing.begun:
             await self.turn_away(ask, failure, version, journey)
             return
-        if failure is not None:
-            ask.exchange.status = failure.status  # what the client was told in the stream
-        self.count(ask, version, ask.exchange.status, rows=failure is None)
+        ask.exchange.status = status  # what the client was told in the stream
+        self.count(ask, version, status, rows=failure is None)
         self._end(ask, journey, version, failure, writing.talk)
 
     async def _read(self, ask: Ask, version: Version) -> bytes | Failure:

@@ -7,7 +7,9 @@ from typing import Any
 
 from headrace.serving.door.app import CLOSING, TICK_S
 from headrace.serving.door.fleet import Fleet
+from headrace.serving.door.lobby import Lobby
 from headrace.serving.door.retries import AskWords, Retries
+from headrace.serving.door.turnstile import Turnstile
 from headrace.serving.routes import DoorReport, Routes
 
 
@@ -15,7 +17,7 @@ class SideDoor:
     """What routes background work. It lives on one event loop, on which all its methods are called.
 
     It reports what it hears of replicas, and which groups it waits for, so that one that ended while nothing was asked is started for it. It
-    counts no requests: versions are judged, and replicas added, by what people wait for.
+    counts no requests: versions are judged, and replicas added, by what people wait for. `lobby` has those of other services behind the same address.
     """
 
     def __init__(self, service: str, *, name: str, ask_words: AskWords | None = None) -> None:
@@ -23,6 +25,8 @@ class SideDoor:
         self.name = name
         self.retries = Retries(ask_words=ask_words, retried=lambda version, why: None)
         self.fleet = Fleet(retries=self.retries, answered=lambda pool, done: None)
+        self.lobby: Lobby[SideDoor] = Lobby(self, lambda guest: SideDoor(guest, name=name, ask_words=ask_words))
+        self.turnstile = Turnstile()
         self._ticking: asyncio.Task[None] | None = None
 
     def update(self, routes: Routes) -> None:
@@ -38,8 +42,11 @@ class SideDoor:
     def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
         """What control tells doors in return; there is nobody here to be shown it."""
 
-    def close(self) -> None:
-        """Let go of all replicas. What is under way ends without an answer."""
+    async def close(self, *, timeout_s: float) -> None:
+        """Finish what is under way, for so long at most, and let go of all replicas. What is left then ends without an answer."""
+        await self.turnstile.empty(timeout_s=timeout_s)
+        for guest in self.lobby.guests.values():
+            await guest.close(timeout_s=0.0)
         if self._ticking is not None:
             self._ticking.cancel()
         self.fleet.abort(CLOSING)

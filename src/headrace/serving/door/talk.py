@@ -132,6 +132,29 @@ class Talk:
         await asyncio.wait((self.parting,), timeout=timeout_s)
         return self.parting.result() if self.parting.done() else None
 
+    def count(self, model: str, status: int, *, read_s: float, now_s: float) -> None:
+        """Count what it came to for this model, once it was answered with this status; of one that was given up, the rest once its replica tells it.
+
+        Before `read_s` there was nothing to ask yet, `now_s` is its end: times of the loop.
+        """
+        spoken, journey = self._spoken, self._journey
+        if spoken is None:
+            return
+        known = self.said or Said(0)
+        spoken.used(model, known)
+        if status == 200 and known.status == 200 and journey is not None and journey.asked is not None:
+            first_s = None if self.first_s is None else self.first_s - (read_s - self._began_s)
+            spoken.answered(known, took_s=now_s - read_s, waited_s=journey.asked.waited_s, first_s=first_s)
+        if status == GONE.status:
+            spoken.cancelled(model, begun=self.begun)
+
+        def parted(parting: asyncio.Future[Said | None]) -> None:
+            if (told := parting.result()) is not None:
+                spoken.used(model, told, before=known)
+
+        if not known.status:
+            self.parting.add_done_callback(parted)
+
     def _offer(self) -> None:
         """Let the replica write the rest itself, if it is on this machine."""
         hop = self._journey.hop if self._journey is not None else None

@@ -9,6 +9,7 @@ import pyarrow as pa
 from headrace.serving.bodies.codec import Codec, Incoming, Refused
 from headrace.serving.wire import Content, Failure
 
+LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
 UNREADABLE = Failure(500, "internal", "the body could not be read, which is a mistake in the service; its log says why")
 _OURS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, pa.ArrowException)  # what a mistake in parsing may raise
 

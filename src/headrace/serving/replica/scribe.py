@@ -25,7 +25,7 @@ from headrace.serving.bodies.codec import Codec, Incoming, Refused
 from headrace.serving.bodies.events import ROW, TEXT, event
 from headrace.serving.replica.jobs import Answer, Job, assemble
 from headrace.serving.replica.lean import Contained, contained, with_columns
-from headrace.serving.replica.parsing import parse
+from headrace.serving.replica.parsing import LARGE_BYTES, parse
 from headrace.serving.replica.station import Stations, failure
 from headrace.serving.wire import ROW_PATHS, Content, Failure
 from headrace.speech import Spent, Writer, Writing
@@ -61,7 +61,7 @@ class Scribe:
         Raises:
             Refused: there is no answer, or while its events come, no end of it.
         """
-        incoming = await self._aside(self._read, body, _CONTENTS[path])
+        incoming = await self._done(len(body), self._read, body, _CONTENTS[path])
         data = await self._pass(incoming, len(body), priority)
         asked = await self._aside(attempt, True, 1, self._ask, data)
         if isinstance(asked, Fault):
@@ -76,7 +76,7 @@ class Scribe:
     async def _pass(self, incoming: Incoming, size: int, priority: int) -> pa.Table:
         """The row as it comes to the last stage."""
         if len(self._floor.stations) == 1:
-            return await self._aside(self._codec.table, [incoming])
+            return await self._done(size, self._codec.table, [incoming])
         visit = _Visit()
         job = Job(visit, 0, size, priority=priority, leaves=True, arrived_s=time.perf_counter(), incoming=incoming, rows=1, group=incoming.group)
         try:
@@ -97,17 +97,21 @@ class Scribe:
                 said.append(piece)
                 yield event(TEXT, orjson.dumps({"column": self._column, "text": piece})).decode()
                 piece = await _next(pieces)
-        row = await self._aside(attempt, True, 1, self._row, data, "".join(said), single)
+        row = await self._done(data.nbytes, attempt, True, 1, self._row, data, "".join(said), single)
         if isinstance(row, Fault):
             raise _refused(row)
         self.rows += 1
         yield event(ROW, row).decode()
 
+    async def _done(self, size: int, work: Callable[..., T], *given: Any) -> T:
+        """Done here, or beside the loop if it is about so many bytes that it takes long."""
+        return work(*given) if size < LARGE_BYTES else await self._aside(work, *given)
+
     async def _aside(self, work: Callable[..., T], *given: Any) -> T:
         """Done beside the loop, which goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
-    # In a thread of its own
+    # On the loop, or in a thread
 
     def _read(self, body: bytes, content: Content) -> Incoming:
         incoming = parse(self._codec, body, content)

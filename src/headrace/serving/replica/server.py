@@ -25,7 +25,7 @@ from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
 from headrace.serving.replica.lean import contained
 from headrace.serving.replica.outlets import Anteroom, Channel
-from headrace.serving.replica.parsing import parse
+from headrace.serving.replica.parsing import LARGE_BYTES, parse
 from headrace.serving.replica.scribe import Scribe
 from headrace.serving.replica.station import Stations
 from headrace.serving.replica.talks import Talks, speaker_of
@@ -35,7 +35,6 @@ from headrace.stage import Stage
 
 UNSPOKEN = Failure(404, "not_found", "no stage of this pipeline speaks OpenAI's interface")
 _LIMITS = Limits()
-_LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
 _PONG_S = 1.0
 _OUT_S = 2.0  # a door that does not take an answer for so long does not keep others waiting
 _RETRY_S = 0.05  # for requests that come while draining
@@ -202,7 +201,7 @@ class ReplicaServer:
         full_s = None if job.alone else self._floor.full_s()
         if self._draining or (full_s is not None and job.priority == LEAST_PRIORITY):
             self._answer(job, Busy(full_s or _RETRY_S))
-        elif len(body) < _LARGE_BYTES:
+        elif len(body) < LARGE_BYTES:
             self._let_in(job, parse(self._codec, body, content), full_s)
         else:
             if self._parser is None:

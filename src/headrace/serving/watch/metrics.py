@@ -100,10 +100,10 @@ class _Group:
 class DoorMetrics:
     """The counts of one door. All methods are called on the door's own loop.
 
-    A version of 0 stands for requests that no version saw, such as those without a key.
+    A version of 0 stands for requests that no version saw, such as those without a key. `process` is whether it tells of its process, too.
     """
 
-    def __init__(self, service: str, door: str) -> None:
+    def __init__(self, service: str, door: str, *, process: bool = True) -> None:
         self._labels = f'service="{escaped(service)}",door="{escaped(door)}"'
         self._versions: dict[int, _Version] = {}  # those with labels of their own, and 0
         self._groups: dict[tuple[int, str], _Group] = {}
@@ -114,7 +114,7 @@ class DoorMetrics:
         self._engines = Engines(service)
         self._connections = 0
         self._expired = 0
-        self._process = ProcessCollector(registry=None)
+        self._process = ProcessCollector(registry=None) if process else None
 
     def answered(self, version: int, status: int, took_s: float, rows: int = 0, *, key: str | None = None) -> None:
         """A request was answered, `took_s` after its first byte; `key` is the name of its API key."""
@@ -246,7 +246,7 @@ class DoorMetrics:
             add(name, labels, value)
         for name, lines in self._by_speech():
             families[name].lines += lines
-        for metric in self._process.collect():
+        for metric in self._process.collect() if self._process is not None else ():
             for sample in metric.samples:
                 families[sample.name] = Family(metric.type, metric.documentation, [line(sample.name, self._labels, sample.value)])
         return families

@@ -36,6 +36,7 @@ Whatever else is counted, is since control began.
         number, at_s, what, version, why, numbers, text    the latest last
     ]
     door                         the one that was asked: name, in_flight, connections, held_bytes
+    guests                       the same of each service behind these doors, if there are any
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def frame(status: Mapping[str, Any], *, url: str = "", note: str = "") -> Render
     if events := _maps(status, "events")[-_EVENTS:]:
         lines = [Text.assemble((_time(event.get("at_s")), "dim"), "  ", _clean(event.get("text"))) for event in events]
         parts += [Text(""), *lines]
+    for guest in _maps(status, "guests"):
+        parts += [Text(""), frame(guest)]
     return Group(*parts)
 
 
