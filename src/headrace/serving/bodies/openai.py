@@ -95,7 +95,7 @@ def schemas(speech: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
 def _post(called: str, summary: str, form: str, *, streams: bool) -> dict[str, Any]:
     content: dict[str, Any] = {_JSON: {"schema": _ref("schemas", f"OpenAI{form}Answer")}}
     if streams:
-        content[_EVENTS] = {"schema": {"type": "string", "description": "With `stream`: events of the answer's pieces, and `data: [DONE]` at the end."}}
+        content[_EVENTS] = {"schema": {**_object({"data": _TEXT}), "description": "With `stream`: an event for each piece, and one of `[DONE]` at the end."}}
     return {
         "operationId": called,
         "summary": summary,
