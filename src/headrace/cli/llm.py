@@ -129,7 +129,8 @@ def greet(standing: Standing, began_s: float) -> None:
             took = f"; its first {'vector' if path == EMBEDDINGS else 'token'} came {took_s * 1e3:.0f} ms after it was asked for"
         except ServiceError as error:
             took = f"; but {error}"
-        tell(f"{model} answers at {standing.url}/v1, also by the name {service.pipeline.name}")
+        alias = service.pipeline.name
+        tell(f"{model} answers at {standing.url}/v1" + (f", also by the name {alias}" if alias != model else ""))
         tell(standing.curl(path, model))
         tell(f"{model} was ready {ready_s:.1f} s after the start{took}")
 
