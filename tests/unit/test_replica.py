@@ -14,6 +14,7 @@ import headrace as hr
 from headrace.errors import StageError
 from headrace.serving.replica import hearing
 from headrace.serving.replica import server as replica
+from headrace.serving.replica.parsing import LARGE_BYTES
 from headrace.serving.replica.station import Stations
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Kind, encode
@@ -120,7 +121,7 @@ def test_what_is_wrong_with_a_body_is_said():
 
 
 def test_a_large_body_is_parsed_aside_and_answered():
-    text = "x" * replica._LARGE_BYTES
+    text = "x" * LARGE_BYTES
 
     async def scenario(peer):
         large, small = peer.ask({"text": text}), peer.ask({"text": "b"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import http.client
+import io
 import json
 import threading
 from typing import Any
@@ -20,6 +21,7 @@ from headrace.serving.bodies.openapi import contract
 from headrace.serving.bodies.streams import write_stream
 from headrace.serving.replica import outlets
 from headrace.serving.routes import Limits
+from headrace.serving.watch.logs import AccessLog
 
 
 @hr.stage(out={"title": str}, apart=True)
@@ -244,23 +246,18 @@ def test_requests_beyond_what_can_be_answered_are_turned_away():
 
 
 def test_what_is_logged_and_counted():
-    lines: list[dict[str, Any]] = []
-
-    class Log:
-        def request(self, **fields: Any) -> None:
-            lines.append(fields)
-
+    stream = io.StringIO()
     with serving(TWO) as made:
-        made.server.door.log = Log()  # type: ignore[assignment]
+        made.server.door.log = AccessLog(stream)
         parts(made.post(ROW))
         made.post({"text": "break it"}).read()
-        soon(lambda: len(lines) == 2)
-        good, bad = lines
-        assert (good["status"], good["error"], good["rows"], good["completion_tokens"], good["prompt_tokens"]) == (200, None, 1, 6, 4)
-        assert good["first_ms"] > 0 and good["bytes_out"] > 300
-        assert (bad["status"], bad["error"], bad["rows"]) == (500, "stage_failed", None)
+        soon(lambda: stream.getvalue().count("\n") == 2)
+        good, bad = map(json.loads, stream.getvalue().splitlines())
+        assert (good["status"], good["rows"], good["completion_tokens"], good["prompt_tokens"]) == (200, 1, 6, 4) and "error" not in good
+        assert good["first_ms"] > 0 and good["bytes_out"] > 300 and (bad["status"], bad["error"]) == (500, "stage_failed") and "rows" not in bad
         text = made.server.door.metrics.text().decode()
         assert 'headrace_rows_total{service="two",door="0",version="1"} 1\n' in text and 'code="500"} 1\n' in text
+        assert 'headrace_gen_ai_tokens_total{service="two",door="0",version="1",model="two",type="output"} 8\n' in text
 
 
 def test_events_in_pieces():

@@ -100,6 +100,8 @@ class Standing:
                 f"{service.name} speaks OpenAI's interface at {self.url}/v1, as the model {speech['model']}",
                 self.curl(speech["paths"][0], speech["model"]),
             ]
+        elif column := contract.get("streams"):
+            lines.append(f"  with -N -H 'Accept: text/event-stream' it sends {column!r} as it is written")
         return lines
 
     def _curl(self, path: str, body: Any) -> str:

@@ -160,6 +160,8 @@ class ReplicaServer:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
                 self._ended.wait(5)
+            if self._thread is not None:
+                self._thread.join(5)
             sys.setswitchinterval(self._turns_s)
         self._stations.close()
         if self._anteroom is not None:
