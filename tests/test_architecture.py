@@ -28,7 +28,7 @@ HOMES = {
     "ray": ("on_ray/",),
     "torch": ("on_ray/", "models/runtimes.py"),
     "vllm": ("llms/",),
-    "mlflow": ("registry.py",),
+    "mlflow": ("registry/",),
     "sentence_transformers": ("models/runtimes.py",),
     "openvino": ("models/runtimes.py",),
     "onnxruntime": ("models/runtimes.py",),

@@ -190,3 +190,14 @@ def test_summarise(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows:
         assert row["mood"] in ("happy", "mixed", "angry") and row["topic"] in ("room", "food", "staff", "place")
         assert row["urgent"] == (row["mood"] == "angry" and (row["topic"] == "staff" or row["refund"]))
+
+
+@pytest.mark.llm
+def test_reply(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read while it is written is what is answered at once."""
+    import tiny_llm  # loads torch
+
+    monkeypatch.setenv("MODEL", tiny_llm.make(checkout / "models").lm)
+    printed = run("reply.py", checkout)
+    *written, asked = printed.splitlines()
+    assert "".join(written) and asked == "to: The room was quiet, but breakfast was cold."

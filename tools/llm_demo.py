@@ -67,7 +67,7 @@ def show_metrics(url: str, key: str) -> None:
         text = answer.read().decode()
     print("\nof /metrics:")
     for line in text.splitlines():
-        if re.match(r"headrace_(llm|requests_total)", line) and not re.search(r"_bucket|_created", line):
+        if re.match(r"headrace_(gen_ai|engine|requests_total)", line) and not re.search(r"_bucket|_created", line):
             print(f"  {line}")
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,6 +65,14 @@ def call_when_ready(stage: Stage, inputs: Future[dict[str, Any]]) -> Any:
     return call(stage, inputs.result())
 
 
+async def written(stage: Stage, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The pieces of what the stage writes of a row, as it writes them."""
+    async with aclosing(pieces) as texts:  # type: ignore[type-var]
+        with _user_code(stage, "raised"):
+            async for text in texts:
+                yield text
+
+
 def encode(stage: Stage, outputs: Any, rows: int) -> Outcome:
     """The stage's result as Arrow arrays, checked against what it declared. A fault of the call stays one."""
     if isinstance(outputs, Fault):
@@ -96,9 +105,13 @@ def attempt(isolate: bool, rows: int, step: Callable[..., T], *given: Any) -> T 
     except StageError as error:
         if not isolate or (rows > 1 and out_of_memory(error.__cause__)):
             raise
-        # Text alone: the traceback would keep the failed call's tensors.
-        cause = error if isinstance(error, ContractError) else error.__cause__ or error
-        return Fault(error.stage, type(cause).__name__, _shorten(str(cause), _MESSAGE_CHARS), _shorten(error.frames, _FRAMES_CHARS))
+        return fault_of(error)
+
+
+def fault_of(error: StageError) -> Fault:
+    """The error as text alone: its traceback would keep the failed call's tensors."""
+    cause = error if isinstance(error, ContractError) else error.__cause__ or error
+    return Fault(error.stage, type(cause).__name__, _shorten(str(cause), _MESSAGE_CHARS), _shorten(error.frames, _FRAMES_CHARS))
 
 
 def _shorten(text: str, most: int) -> str:

@@ -69,6 +69,16 @@ class Pipeline:
             pipeline = pipeline.replace(pipeline.stage(name).with_settings(values))
         return pipeline
 
+    def pinned(self) -> Pipeline:
+        """The same pipeline, where models that are named by aliases in a registry are named by the versions that they mean now.
+
+        Batch jobs and services do this at their beginning: all of their replicas have the same versions, whatever becomes of an alias.
+        """
+        pipeline = self
+        for stage in self.stages:
+            pipeline = pipeline.replace(stage.pinned())
+        return pipeline
+
     def kept(self, keep: Sequence[str]) -> dict[str, ColumnType]:
         """Those columns of `keep` that pass unchanged from the source to the result, with types; an output is in it anyway.
 

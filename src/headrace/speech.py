@@ -1,6 +1,7 @@
 """What a stage has that answers OpenAI's interface beside computing rows, so that doors and replicas need not know the engine.
 
-Such a stage's object has `speaks()`, which gives a `Speech`, and once it is set up `speaker()`, which gives the `Speaker`.
+Such a stage's object has `speaks()`, which gives a `Speech`, and once it is set up `speaker()`, which gives the `Speaker`. One whose rows can be
+answered while they are written is a `Writer` besides.
 """
 
 from __future__ import annotations
@@ -71,3 +72,28 @@ class Speaker(Protocol):
 
     def figures(self) -> dict[str, float]:
         """What it is doing, has done and has room for: see `headrace.readings`. May be called from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """What a stage writes piece by piece: the text of a column, of at most so many tokens a row."""
+
+    column: str
+    tokens: int
+
+
+class Writer(Protocol):
+    """A stage's object that can give the text that it makes of a row while it is written."""
+
+    def writing(self) -> Writing | None:
+        """What it writes so; None where its answers are of another kind."""
+
+    def asks(self, **columns: Any) -> Any:
+        """What a row asks, from its columns as the stage is called with them. For any thread; the user's code may run in it, and raise."""
+
+    def write(self, asked: Any, *, priority: int = 1, request_id: str | None = None, spent: Spent) -> AsyncIterator[str]:
+        """The pieces of the text, which joined are what a call of the stage writes. On the speaker's loop; arguments as `Speaker.speak` has them.
+
+        Raises:
+            EngineLostError: as `Speaker.speak`. Anything else is the row's fault, as in a call.
+        """

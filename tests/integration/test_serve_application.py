@@ -164,6 +164,7 @@ def test_http_behind_serves_own_proxy(two: tuple[Any, str]):
         (b'{"text": "' + b"a" * (1 << 20) + b'"}', {}, 413, "too_large"),
         (b"a,b", {"content_type": "text/csv"}, 415, "unsupported_media_type"),
         (b'{"text": "a"}', {"content_type": "application/x-ndjson"}, 415, "unsupported_media_type"),
+        (b'{"text": "a"}', {"accept": "text/event-stream"}, 406, "not_acceptable"),
         (b'{"text": "a"}', {"x_request_timeout": "soon"}, 400, "bad_header"),
         (b'{"text": "boom"}', {}, 500, "stage_failed"),
         (b'{"text": "wait1.5"}', {"x_request_timeout": "0.3"}, 504, "deadline_exceeded"),

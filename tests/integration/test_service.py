@@ -56,6 +56,8 @@ measure = hr.Pipeline("measure", Measure())
 class Served:
     """The headrace command in a folder of its own, and a service that it runs there."""
 
+    file = "measure.py"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "PYTHONPATH": str(SOURCE), "NO_COLOR": "1", "COLUMNS": "200", "XDG_RUNTIME_DIR": str(folder)}
@@ -72,7 +74,7 @@ class Served:
 
     def start(self, *arguments: str) -> None:
         """`headrace serve`, until it says where it answers."""
-        command = [sys.executable, "-m", "headrace", "serve", "measure.py", "--port", "0", *arguments]
+        command = [sys.executable, "-m", "headrace", "serve", self.file, "--port", "0", *arguments]
         self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         there = threading.Event()
 

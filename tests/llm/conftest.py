@@ -13,6 +13,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import endpoints
 import pytest
 
 import headrace
@@ -27,6 +28,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import tiny_llm  # loads torch
 
     return tiny_llm.make(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="package")
+def talk(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[endpoints.Endpoint]:
+    """A service of a language model, with two replicas and accounts, which all tests share that do not end it."""
+    source = endpoints.TALK.format(model=tiny.lm, words=endpoints.WORDS, engine=endpoints.ENGINE)
+    with endpoints.serving(tmp_path_factory.mktemp("talk"), source, accounts=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def vectors(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[endpoints.Endpoint]:
+    """A service of an embedding model, which asks for no key."""
+    with endpoints.serving(tmp_path_factory.mktemp("vectors"), endpoints.EMBED.format(model=tiny.embedder, engine=ENGINE), "--doors", "1") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

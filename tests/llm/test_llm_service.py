@@ -20,11 +20,26 @@ import psutil
 import pytest
 from conftest import ENGINE, SOURCE
 
+import headrace as hr
+from headrace.errors import FailedError
+
 FILE = """
 import headrace as hr
 
 say = hr.LLM(out="said", model={model!r}, prompt="Say: {{text}}", on=hr.cpu(1), replicas=2, sampling=hr.Sampling(max_tokens=16), engine={engine!r}, stall_s=4.0)
 talk = hr.Pipeline("talk", say)
+"""
+
+
+WRITING = """
+import headrace as hr
+
+@hr.stage(out={{"text": str}})
+def clean(text: hr.Column[str]):
+    return {{"text": [" ".join(t.split()) for t in text]}}
+
+say = hr.LLM(out="said", model={model!r}, prompt="Say: {{text}}", on=hr.cpu(1), sampling=hr.Sampling(max_tokens=48), engine={engine!r})
+talk = hr.Pipeline("talk", clean, say)
 """
 
 
@@ -94,3 +109,21 @@ def test_the_parity_gate(folder: Path):
     command = [sys.executable, "-m", "headrace", "check", "talk.py", "--input", "golden.jsonl"]
     done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_row_is_streamed_as_it_is_written(tiny: Any, folder: Path):
+    (folder / "talk.py").write_text(WRITING.format(model=tiny.lm, engine=ENGINE))
+    rows = [{"text": f"  {'word ' * at} room   {at} "} for at in range(24)]
+    with serving(folder) as (url, _), hr.Client(url, timeout_s=60) as client:
+        expected = client.talk(rows)
+
+        def write(row: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
+            answer = client.talk.write(row)
+            return list(answer), answer.row
+
+        with ThreadPoolExecutor(12) as pool:
+            written = list(pool.map(write, rows))
+        assert [row for _, row in written] == expected and expected[3]["text"] == "word word word room 3"
+        assert all("".join(pieces) == row["said"] for pieces, row in written) and sum(len(pieces) for pieces, _ in written) > 24 * 20
+        with pytest.raises(FailedError, match="PromptTooLong: .*maximum context length is 512 tokens"):
+            list(client.talk.write({"text": "word " * 2000}))

@@ -66,6 +66,12 @@ def test_arrow_comes_back_where_it_is_asked_for():
     assert read(content_type=ARROW).accept is Content.JSON
 
 
+def test_events_are_sent_to_who_takes_nothing_else():
+    assert read(accept="text/event-stream").events and read(accept="Text/Event-Stream; charset=utf-8, text/plain").events
+    others = ("application/json, text/event-stream", "text/event-stream, */*;q=0.1", f"text/event-stream, {ARROW}", "text/html")
+    assert not any(read(accept=accept).events for accept in others) and not read().events
+
+
 @pytest.mark.parametrize(
     ("headers", "left_s"),
     [
@@ -427,6 +433,6 @@ def test_nothing_is_left_behind_by_requests_of_all_kinds():
             await ask(door)
             link = next(iter(door.fleet.versions[1].pools[0].links.values()))
             await until(lambda: len(replica.cancelled) == 20)
-            assert not link.hops and not door.memory.held_bytes and not door._under_way and door.fleet.versions[1].report.in_flight == 0
+            assert not link.hops and not door.memory.held_bytes and not door.turnstile.inside and door.fleet.versions[1].report.in_flight == 0
 
     run(test)

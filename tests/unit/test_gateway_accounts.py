@@ -314,6 +314,26 @@ def test_a_grant_that_was_renewed_does_not_expire_with_the_old_one(desk: Desk) -
     assert desk.count(tables.grants) == 1
 
 
+def test_a_grant_with_an_id_of_ones_own_is_given_back_when_its_time_is_over_and_can_still_be_booked(desk: Desk) -> None:
+    desk.limit(budget_usd=0.000_02)
+    desk.granted(10, id="batch:b1:7")
+    assert desk.refused(20).reason == "budget"
+    desk.clock.now += GRANT_S
+    assert desk.books.sweep() == 1 and desk.count(tables.grants) == 0 and not usage.sums(desk.database)[0].requests
+    desk.granted(20)
+    assert [desk.books.book("batch:b1:7", key=desk.key, model="small", used=GOOD) for _ in range(2)] == [True, False]
+
+
+def test_limits_per_minute_do_not_count_for_what_is_not_paced(desk: Desk) -> None:
+    desk.limit(requests_per_minute=1, tokens_per_minute=10, budget_usd=0.000_1)
+    many = [desk.books.reserve(desk.key, "small", prompt_tokens=40, max_tokens=0, id=f"batch:b1:{at}", paced=False) for at in range(3)]
+    assert [isinstance(one, Grant) for one in many] == [True, True, False]
+    assert isinstance(many[2], Refusal) and many[2].reason == "budget"
+    assert desk.books.book("batch:b1:0", key=desk.key, model="small", used=GOOD) and desk.books.release(many[1])  # type: ignore[arg-type]
+    grant = desk.granted(10)
+    assert grant.rates.remaining_requests == 0 and grant.rates.remaining_tokens == 0
+
+
 def test_an_entry_of_another_database_spoils_no_other(desk: Desk) -> None:
     strange, fine = desk.books.post([Reserve(desk.key + 99, "small", 1, 1), Reserve(desk.key, "small", 1, 1)])
     assert isinstance(strange, AccountsError) and "of another database" in str(strange) and isinstance(fine, Grant)

@@ -110,6 +110,19 @@ def test_keys_are_found_in_memory_and_changes_noticed(desk: Desk, monkeypatch: p
     run(main())
 
 
+def test_whoever_comes_when_the_keys_were_just_read_does_not_go_round_for_ever(desk: Desk):
+    """Between the answer and the callback that notes it there may be the first step of another task."""
+
+    async def main() -> None:
+        async with Teller(desk.books) as counter:
+            looking = counter._looking = asyncio.get_running_loop().create_future()
+            looking.add_done_callback(counter._looked)
+            looking.set_result(None)
+            assert await counter.find("hr_x") is None
+
+    run(main())
+
+
 def test_a_cancelled_request_holds_nothing(desk: Desk) -> None:
     async def main() -> None:
         async with Teller(desk.books) as counter, blocked(desk) as go:

@@ -8,7 +8,7 @@ import enum
 import json
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import pydantic
 import pytest
 
 import headrace as hr
+from headrace import copies
 from headrace.arrays import table
 from headrace.calls import encode
 from headrace.columns import Vector, type_of
@@ -176,7 +177,7 @@ def test_it_travels_without_its_engine():
         ({"attempts": 0}, "attempts must be a whole number"),
         ({"sampling": {"temperature": 1}}, "sampling must be hr.Sampling"),
         ({"model": ""}, "model must be a name on the hub"),
-        ({"model": "models:/summariser@production"}, "reads none yet"),
+        ({"model": "models:/summariser"}, "names no version; name an alias, models:/summariser@champion"),
         ({"engine": [1]}, "engine must be a mapping"),
         ({"embed": True}, "the size of its vectors is not known"),
         ({"concurrency": 0}, "concurrency must be a whole number"),
@@ -243,6 +244,56 @@ def test_system_and_chat():
 
 def test_braces():
     assert Template.parse("{{{a}}} {b}}}{{{c}", "x").fill({"a": 1, "b": "{c}", "c": None}) == "{1} {c}}{"
+
+
+# Text while it is written
+
+
+class Streaming(Scripted):
+    """An engine that streams each of a list of events."""
+
+    async def speak(self, path: str, body: Mapping[str, Any], *, spent: Spent, **more: Any) -> Any:
+        self.bodies.append({**body, **more})
+        return await super().speak(path, body, spent=spent) if "error" in self.more else self._events()
+
+    async def _events(self) -> AsyncIterator[str]:
+        for text in self.texts:
+            yield f"data: {text}\n\n"
+
+
+def pieces(stage: hr.LLM, engine: Streaming, **columns: Any) -> list[str]:
+    async def read() -> list[str]:
+        return [piece async for piece in stage.write(stage.asks(**columns), priority=2, request_id="r", spent=Spent())]
+
+    stage._engine = engine
+    return asyncio.run(read())
+
+
+def _delta(**delta: Any) -> str:
+    return json.dumps({"choices": [{"index": 0, "delta": delta}]})
+
+
+def test_pieces_are_what_the_events_bring():
+    engine = Streaming(_delta(role="assistant", content=""), _delta(content="Qui"), _delta(content="et"), _delta(), '{"choices": []}', "[DONE]")
+    assert pieces(llm(), engine, text=np.array(["a"], object)) == ["Qui", "et"]
+    assert engine.bodies == [
+        {"messages": [{"role": "user", "content": "Summarise: a"}], "max_tokens": 256, "temperature": 0.0, "stream": True, "priority": 2, "request_id": "r"}
+    ]
+    plain = Streaming(json.dumps({"choices": [{"index": 0, "text": "on"}]}), "[DONE]")
+    assert pieces(llm(chat=False), plain, text=["a"]) == ["on"] and plain.bodies[0]["prompt"] == "Summarise: a"
+
+
+def test_errors_of_a_stream_have_the_names_of_dead_letters():
+    with pytest.raises(asking.PromptTooLong, match="too long"):
+        pieces(llm(), Streaming("", error={"message": "too long", "param": "input_tokens"}), text=["a"])
+    with pytest.raises(asking.EngineError, match="no more"):
+        pieces(llm(), Streaming(_delta(content="a"), '{"error": {"message": "no more"}}'), text=["a"])
+
+
+def test_what_writes_piece_by_piece():
+    found = llm().writing()
+    assert found is not None and (found.column, found.tokens) == ("summary", 256)
+    assert llm(schema=Summary).writing() is None and hr.LLM(model="m", embed=True, size=4).writing() is None
 
 
 # Sampling
@@ -419,7 +470,7 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (Path(target) / "weights").write_bytes(b"")
         raise OSError("disk full")
 
-    monkeypatch.setattr(places.fs, "copy_files", full)
+    monkeypatch.setattr(copies.fs, "copy_files", full)
     with pytest.raises(SettingError, match="cannot be fetched: disk full"):
         places.fetch(f"file://{tmp_path}/source", "model")
     assert [left.suffix for left in (tmp_path / "cache" / "headrace" / "llms").iterdir()] == [".lock"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.serving.figures import Lately, Recent, bucket, quantile
 from headrace.serving.routes import LATENCY_BOUNDS_S, DoorReport, VersionReport
-from headrace.serving.watch.metrics import DoorMetrics
-from headrace.serving.wire import Done
+from headrace.serving.watch.metrics import _HELP, DoorMetrics
+from headrace.serving.wire import Done, Said
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -99,6 +101,90 @@ def test_doors_are_joined_into_one_text() -> None:
 def test_a_family_of_a_newer_door_is_kept() -> None:
     peer = '# HELP headrace_new_total What a later release counts.\n# TYPE headrace_new_total counter\nheadrace_new_total{door="1",note="a } b"} 4\n'
     assert value(read(DoorMetrics("reviews", "0").text([peer])), "headrace_new_total", door="1") == 4
+
+
+SAID = Said(200, prompt_tokens=40, cached_tokens=32, completion_tokens=20, queue_s=0.01, first_s=0.03, took_s=0.5)
+ENGINE = {
+    "running": 3.0, "waiting": 1.0, "sequences": 256.0, "capacity": 9000.0, "length": 4096.0, "kv_cache": 0.25, "kv_cache_peak": 0.5, "prompt_tokens": 400.0,
+    "generated_tokens": 200.0, "prefix_tokens": 380.0, "prefix_hits": 95.0, "preempted": 2.0, "background_room": 9.0,
+}  # fmt: skip
+
+
+def speaking(door: str) -> DoorMetrics:
+    metrics = DoorMetrics("talk", door)
+    spoken = metrics.spoken(2)
+    spoken.first.add(0.05)
+    for _ in range(19):
+        spoken.gaps.add(0.025)
+    spoken.used("talk", SAID)
+    spoken.answered(SAID, took_s=0.8, waited_s=0.2, first_s=0.2313)
+    spoken.used("acme/small", Said(0, 10, 0, 2))
+    spoken.cancelled("acme/small", begun=True)
+    spoken.used("acme/small", Said(499, 10, 0, 5), before=Said(0, 10, 0, 2))
+    metrics.answered(2, 200, 0.8)
+    metrics.engines({(2, "r1"): ENGINE, (2, "r2"): {**ENGINE, "running": 5.0}, (1, "r0"): {"running": 0.0}})
+    return metrics
+
+
+def test_what_language_models_answer_is_in_the_text() -> None:
+    series = read(speaking("0").text())
+    here = {"service": "talk", "door": "0", "version": "2"}
+
+    def tokens(name: str, **labels: str) -> float:
+        return value(series, f"headrace_gen_ai_{name}_total", **here, **labels)
+
+    assert [tokens("tokens", model="talk", type=kind) for kind in ("input", "output")] == [40, 20]
+    assert [tokens("tokens", model="acme/small", type=kind) for kind in ("input", "output")] == [10, 5]
+    assert [tokens("cached_tokens", model=model) for model in ("talk", "acme/small")] == [32, 0]
+    assert [tokens("cancelled", model="acme/small", phase=phase) for phase in ("waiting", "streaming")] == [0, 1]
+    for name, number, seconds in (("queue", 1, 0.21), ("time_to_first_token", 1, 0.05), ("inter_token_latency", 19, 19 * 0.025)):
+        assert value(series, f"headrace_gen_ai_{name}_seconds_count", **here) == number
+        assert value(series, f"headrace_gen_ai_{name}_seconds_sum", **here) == pytest.approx(seconds)
+    assert value(series, "headrace_gen_ai_output_tokens_per_second_sum", **here) == pytest.approx(25)
+    assert value(series, "headrace_gen_ai_overhead_seconds_sum", **here, until="end") == pytest.approx(0.1)
+    assert value(series, "headrace_gen_ai_overhead_seconds_sum", **here, until="first_token") == pytest.approx(0.0013)
+    below = [value(series, "headrace_gen_ai_overhead_seconds_bucket", until="first_token", le=le) for le in ("0.0008", "0.0016")]
+    assert below == [0, 1]
+
+
+def test_an_engine_is_there_once_however_many_doors_hear_it() -> None:
+    """And one that only another door hears is there, too."""
+    own, peer = speaking("0"), speaking("1")
+    peer.engines({(2, "r1"): {**ENGINE, "generated_tokens": 199.0}, (2, "r9"): ENGINE})
+    series = read(own.text([peer.text()]))
+    assert total(series, "headrace_engine_running") == 3 + 5 + 0 + 3
+    assert value(series, "headrace_engine_tokens_total", replica="r1", type="output") == 200
+    assert value(series, "headrace_engine_tokens_total", service="talk", version="2", replica="r2", type="input") == 400
+    found = {name: value(series, f"headrace_engine_{name}", replica="r9") for name in (
+        "waiting", "sequences", "capacity_tokens", "kv_cache_usage_ratio", "prefix_cache_lookup_tokens_total", "prefix_cache_hit_tokens_total",
+        "preemptions_total",
+    )}  # fmt: skip
+    assert list(found.values()) == [1, 256, 9000, 0.25, 380, 95, 2]
+    assert not [place for name, place in series if name.startswith("headrace_engine") and "door" in dict(place)]
+    assert total(series, "headrace_gen_ai_tokens_total") == 2 * 75
+    own.engines({})
+    assert total(read(own.text()), "headrace_engine_running") == 0
+
+
+def test_the_documentation_names_what_is_there() -> None:
+    """Every metric is explained, and none that is not there is asked for."""
+    text = (Path(__file__).parents[2] / "docs/how-to/observe.md").read_text(encoding="utf-8")
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bheadrace_[a-z_]+", text)} == set(_HELP)
+
+
+def test_models_and_old_versions_share_a_label() -> None:
+    metrics = DoorMetrics("talk", "0")
+    for at in range(300):
+        metrics.spoken(1).used(f"model-{at}", SAID)
+    for version in range(1, 13):
+        metrics.spoken(version).used("talk", SAID)
+        metrics.spoken(version).answered(SAID, took_s=1.0, waited_s=0.0, first_s=None)
+        metrics.answered(version, 200, 1.0)
+    series = read(metrics.text())
+    assert total(series, "headrace_gen_ai_tokens_total") == 312 * 60 and total(series, "headrace_gen_ai_queue_seconds_count") == 12
+    assert {dict(place).get("version") for _, place in series} - {None} == {*map(str, range(5, 13)), "other"}
+    assert len({dict(place).get("model") for _, place in series} - {None}) == 102  # a hundred, `talk` of versions that have no others, and `other`
+    assert set(metrics.paces()) == set(range(5, 13))
 
 
 def test_versions_beyond_the_last_eight_share_a_label() -> None:
@@ -200,9 +286,35 @@ def test_figures_of_the_last_seconds() -> None:
         "p50_s": pytest.approx(0.02, rel=0.2), "p99_s": pytest.approx(0.02, rel=0.2),
     }  # fmt: skip
     assert lately.group(3, "embed", ["r1", "r2"], now_s=20.0) == {
-        "queued": 2, "rows_per_s": 50.0, "calls_per_s": 5.0, "fill": 0.8, "memory_bytes": 7,
+        "queued": 2, "rows_per_s": 50.0, "calls_per_s": 5.0, "fill": 0.8, "memory_bytes": 7, "engine": None,
         "p50_s": pytest.approx(0.01, rel=0.2), "p99_s": pytest.approx(0.01, rel=0.2),
     }  # fmt: skip
     assert lately.group(3, "embed", [], now_s=20.0)["rows_per_s"] is None
     lately.note({4: VersionReport()}, [], now_s=21.0)
     assert lately.version(3, now_s=21.0)["answered_per_s"] is None and lately.group(3, "embed", [], now_s=21.0)["p50_s"] is None
+
+
+def test_figures_of_language_models() -> None:
+    """Engines are added up, whoever heard them; the times to tokens are those of all doors."""
+    lately = Lately()
+    for at in range(21):
+        doors = []
+        for door in ("0", "1"):
+            first, gaps = ([0] * (len(LATENCY_BOUNDS_S) + 1) for _ in range(2))
+            first[bucket(0.2)], gaps[bucket(0.02)] = 5 * at, 95 * at
+            grown = {"prompt_tokens": 400.0 * at, "generated_tokens": 50.0 * at, "prefix_tokens": 400.0 * at, "prefix_hits": 100.0 * at, "preempted": 0.5 * at}
+            stats = {"rows": 0, "calls": 0, "filled": 0.0, "queued": 0, "memory_bytes": 7, "engine": {**ENGINE, **grown}}
+            replicas = {"r1": stats, "r2": {**stats, "engine": {**stats["engine"], "kv_cache": 0.75, "running": 7.0}}, "r3": {**stats, "engine": None}}
+            doors.append(DoorReport(door, replicas=replicas, paces={3: (first, gaps)}))
+        lately.note({3: VersionReport()}, doors, now_s=float(at))
+    assert lately.speech(3, now_s=20.0) == {
+        "ttft_p50_s": pytest.approx(0.2, rel=0.2), "ttft_p99_s": pytest.approx(0.2, rel=0.2),
+        "itl_p50_s": pytest.approx(0.02, rel=0.2), "itl_p99_s": pytest.approx(0.02, rel=0.2),
+    }  # fmt: skip
+    assert lately.group(3, "say", ["r1", "r2", "r3"], now_s=20.0)["engine"] == {
+        "running": 10.0, "waiting": 2.0, "sequences": 512.0, "kv_cache": 0.75,
+        "input_tokens_per_s": 800.0, "output_tokens_per_s": 100.0, "preempted_per_s": 1.0, "prefix_hits": 0.25,
+    }  # fmt: skip
+    assert lately.group(3, "say", ["r3"], now_s=20.0)["engine"] is None and lately.speech(4, now_s=20.0) is None
+    lately.note({4: VersionReport()}, [], now_s=21.0)
+    assert lately.speech(3, now_s=21.0) is None

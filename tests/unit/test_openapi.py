@@ -13,10 +13,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import headrace as hr
 from headrace.arrays import table
+from headrace.gateway.openai.asked import MOST_CHOICES
 from headrace.serving.bodies import openapi
 from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content
+from headrace.speech import CHAT, COMPLETIONS, Speech
 
 LIMITS = Limits(rows=100, body_bytes=1 << 20, deadline_s=30)
 OUT = {"vector": hr.Vector(3), "score": float, "words": list[str | None] | None, "at": dt.datetime, "copy": hr.Image}
@@ -108,14 +110,53 @@ def test_keys():
     assert "security" not in without and "401" not in json.dumps(without)
 
 
+class Talker:
+    """Stands for a language model."""
+
+    def speaks(self):
+        return Speech("acme/tiny", (CHAT, COMPLETIONS))
+
+    def __call__(self, text: hr.Column[str]):
+        return {"said": text}
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_language_model_has_openais_paths_beside_its_own(keys):
+    """Those that it answers; on the page, too, and what is taken is what the door takes."""
+    talk = hr.Pipeline("talk", hr.stage(out={"said": str})(Talker)())
+    made = document(openapi.contract(talk), keys=keys)
+    OpenAPIV31SpecValidator(made).validate()
+    assert [path for path in made["paths"] if path.startswith("/v1/")] == [CHAT, COMPLETIONS, "/v1/models", "/v1/models/{model}"]
+    assert ("401" in made["paths"][CHAT]["post"]["responses"]) == keys == ("OpenAI401" in made["components"]["responses"])
+    chat = validator(made, "OpenAIChatRequest")
+    chat.validate({"model": "talk", "messages": [{"role": "user", "content": "a"}], "n": MOST_CHOICES, "top_k": 3})
+    assert not chat.is_valid({"model": "talk", "messages": []}) and not chat.is_valid(
+        {"model": "talk", "messages": [{"role": "user", "content": "a"}], "n": 17}
+    )
+    assert MOST_CHOICES == 16
+    page = openapi.page(made)
+    assert CHAT in page and "/v1/models" in page and "{model}" not in page and not read(page).tags & {"script", "form"}
+
+
 def test_what_is_told_of_a_request():
     """Headers, statuses and bounds."""
     post = document(keys=True)["paths"]["/every"]["post"]
     assert [one["name"] for one in post["parameters"]] == ["X-Request-Timeout", "X-Priority", "X-Request-ID"]
-    assert list(post["responses"]) == ["200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504"]
+    assert list(post["responses"]) == ["200", "400", "401", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504"]
     assert list(post["requestBody"]["content"]) == ["application/json", "application/vnd.apache.arrow.stream", "application/x-ndjson"]
     assert "Retry-After" in document()["components"]["responses"]["429"]["headers"]
     assert document()["components"]["schemas"]["Rows"]["properties"]["rows"]["maxItems"] == 100
+
+
+def test_text_that_is_sent_as_it_is_written():
+    """A pipeline whose last stage writes text says so, in the document and on the page; others do not."""
+    written = openapi.contract(hr.Pipeline("notes", hr.LLM(model="acme/small", prompt="{text}", out="note")))
+    made = document(written)
+    OpenAPIV31SpecValidator(made).validate()
+    told = made["paths"]["/notes"]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["description"]
+    assert openapi.schema(written)["streams"] == "note" and '{"column": "note", "text": "a piece"}' in told and "event: row" in told
+    assert "event: row" in openapi.page(made) and "event: row" not in openapi.page(document())
+    assert "text/event-stream" not in document()["paths"]["/every"]["post"]["responses"]["200"]["content"]
 
 
 def test_a_column_named_rows():

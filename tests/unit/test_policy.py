@@ -86,3 +86,12 @@ def test_memory_stays_small():
 def test_bounds_that_cannot_be_are_refused(values):
     with pytest.raises(SettingError):
         Scale(**values)
+
+
+def test_background_work_keeps_the_last_replica_and_asks_for_no_further_one():
+    scale, state = Scale(0, 4, target_in_flight=1, idle_s=10), State()
+    found = []
+    for at_s in range(60):
+        wanted, state = desired(scale, Observation(at_s, 0, ready=1, background=at_s < 30), state)
+        found.append(wanted)
+    assert found[:39] == [1] * 39 and found[39:] == [0] * 21

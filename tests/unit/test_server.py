@@ -233,7 +233,7 @@ def test_a_client_that_goes_away_is_noticed():
         it.until(lambda: it.replica.calls)
         connection.close()
         it.until(lambda: it.replica.cancelled == [1])
-        it.until(lambda: it.door.connections == 0 and it.door._under_way == 0)
+        it.until(lambda: it.door.connections == 0 and it.door.turnstile.inside == 0)
 
 
 def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch):
@@ -323,3 +323,25 @@ def test_tls(tmp_path: Path):
         assert (reply.status_code, reply.content) == (200, body)
     with pytest.raises(ServingError, match="certificate"):
         DoorServer(Door("s"), tls=(str(tmp_path / "key"), str(tmp_path / "cert"))).start()
+
+
+def test_nobody_is_let_in_before_a_door_is_prepared():
+    server = DoorServer(Door("s"))
+    seen: list[str] = []
+
+    async def prepare() -> None:
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", server._port)
+        seen.append("refused")
+
+    try:
+        socket.create_connection(("127.0.0.1", server.start(prepare)), timeout=5).close()
+        assert seen == ["refused"]
+    finally:
+        server.stop(1)
+
+    async def fail() -> None:
+        raise ServingError("no accounts")
+
+    with pytest.raises(ServingError, match="no accounts"):
+        DoorServer(Door("s")).start(fail)

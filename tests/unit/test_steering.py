@@ -3,7 +3,11 @@
 import dataclasses
 import json
 
+import pytest
+
+from headrace.errors import ServingError
 from headrace.scaling.policy import Scale
+from headrace.serving.release.guests import Guests, names_of
 from headrace.serving.release.steering import EVENTS, GRACE_S, Release, Steering
 from headrace.serving.release.versions import Role, Told, Version
 from headrace.serving.routes import DoorReport, Endpoint, Limits
@@ -172,3 +176,40 @@ def test_status_is_json_and_tells_each_group():
     life.deploy(2)
     life.tick()
     assert life.status()["rollout"]["kind"] == "rolling"
+
+
+def test_guests_are_routed_to_and_survive_a_restart():
+    life = running()
+    life.steering.seat("chat", ["chat", "acme/chat"])
+    assert life.tick()
+    assert life.steering.routes.guests == ("chat",)
+    after = Life(kept=life.steering.keep(), at_s=50.0)
+    after.replicas = {"a": (1, "embed")}
+    after.tick(int(GRACE_S) + 3)
+    assert after.steering.routes.guests == ("chat",)
+    with pytest.raises(ServingError, match="'other' would answer as 'acme/chat' at an address where service 'chat' does already"):
+        after.steering.seat("other", ["acme/chat"])
+    after.steering.guests.unseat("chat")
+    assert after.tick()
+    assert after.steering.routes.guests == ()
+    after.steering.seat("other", ["acme/chat"])
+
+
+def test_a_service_and_its_guests_have_no_name_in_common():
+    life = running()
+    with pytest.raises(ServingError, match="'chat' would answer as 'reviews' .* service 'reviews' does already"):
+        life.steering.seat("chat", ["reviews"])
+    life.steering.seat("chat", ["chat", "acme/chat"])
+    life.steering.seat("chat", ["chat", "acme/chat", "acme/chat-2"])  # its next version
+    release = Release(Version(2, {"embed": Scale(1, 2)}), {"pipeline": "reviews", "speech": {"model": "acme/chat-2", "paths": []}})
+    with pytest.raises(ServingError, match="'reviews' would answer as 'acme/chat-2' .* service 'chat' does already, .* --name chat"):
+        life.steering.deploy(release, at_s=START_S)
+    assert life.steering.state.version(2) is None
+    assert life.steering.names == ("reviews",)
+
+
+def test_names_by_which_a_pipeline_is_asked():
+    assert names_of({"pipeline": "chat", "speech": {"model": "acme/chat", "paths": []}}) == ("chat", "acme/chat")
+    assert names_of({"pipeline": "chat", "speech": {"model": "chat", "paths": []}}) == ("chat",)
+    assert names_of({}) == ()
+    assert Guests("host", {"chat": ["chat"]}).names == {"chat": ("chat",)}

@@ -45,6 +45,13 @@ def test_loads_are_of_the_latest_word_on_each_replica():
     assert (loads[1, "tidy"].in_flight, loads[1, "embed"].in_flight, loads[1, "embed"].waiting) == (1, 4, 2)
 
 
+def test_background_work_is_told_apart():
+    tallies = Tallies()
+    tallies.take(report("0", replicas={"a": {"in_flight": 5, "engine": {"background": 3.0}}, "b": {"in_flight": 1, "engine": None}}), now_s=0.0)
+    load = tallies.loads({(1, "embed"): ["a", "b"]}, now_s=0.5)[1, "embed"]
+    assert (load.in_flight, load.background) == (3.0, 3.0)
+
+
 def test_what_was_shed_is_put_down_to_the_fullest_group():
     tallies = Tallies()
     members = {(1, "tidy"): ["b"], (1, "embed"): ["a"]}

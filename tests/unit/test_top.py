@@ -64,6 +64,44 @@ STATUS: dict[str, Any] = {
     ],
 }  # fmt: skip
 
+ENGINE = {
+    "running": 41.0, "waiting": 0.0, "sequences": 256.0, "kv_cache": 0.312, "input_tokens_per_s": 14_210.0, "output_tokens_per_s": 2204.4,
+    "preempted_per_s": 0.0, "prefix_hits": 0.67,
+}  # fmt: skip
+SPEECH = {"ttft_p50_s": 0.081, "ttft_p99_s": 0.412, "itl_p50_s": 0.0118, "itl_p99_s": 0.0305}
+TALK: dict[str, Any] = {
+    **STATUS,
+    "service": "talk",
+    "doors": STATUS["doors"][:1],
+    "versions": [
+        {**STATUS["versions"][1], "speech": SPEECH, "groups": [{**STATUS["versions"][1]["groups"][0], "name": "say", "fill": None, "engine": ENGINE}]},
+        {
+            **STATUS["versions"][2], "speech": dict.fromkeys(SPEECH),
+            "groups": [
+                {"name": "fetch", "ready": 1, "wanted": 1, "engine": None},
+                {
+                    "name": "say", "ready": 1, "wanted": 1,
+                    "engine": {
+                        **ENGINE, **dict.fromkeys(("input_tokens_per_s", "output_tokens_per_s", "prefix_hits")), "running": 256.0, "waiting": 12.0,
+                        "kv_cache": 0.991, "preempted_per_s": 1.3,
+                    },
+                },
+            ],
+        },
+    ],
+    "rollout": None,
+    "events": [],
+}  # fmt: skip
+
+
+def test_the_view_of_language_models(golden: Callable[[str, str], None]) -> None:
+    """One that has room, and one that is full and has no figures of the last seconds yet."""
+    shown = io.StringIO()
+    console = Console(file=shown, width=150, force_terminal=True, color_system="standard", legacy_windows=False)
+    console.print(view.frame(TALK, url="http://127.0.0.1:8000"))
+    golden("top-speech.ansi", shown.getvalue())
+    golden("top-speech.txt", view.text(TALK, url="http://127.0.0.1:8000"))
+
 
 def test_the_view(golden: Callable[[str, str], None]) -> None:
     """A service with a canary, a group that lacks a replica, and a door that is silent: colours and all, and as text."""
@@ -78,8 +116,9 @@ def test_the_view(golden: Callable[[str, str], None]) -> None:
 def test_what_is_missing_or_hostile_is_shown_as_well_as_can_be() -> None:
     assert view.text({}) == "  0 doors\n"
     hostile = {"service": "a\x1b[2Jb\n", "versions": [{"version": 1, "role": "[red]\x07", "groups": [{"name": "g\r"}]}, "no map"], "events": None, "rollout": 3}
+    hostile["versions"] += [{"version": 2, "speech": "none", "groups": [{"name": "a", "engine": []}, {"name": "e\x1b", "engine": {}}]}]
     shown = view.text(hostile)
-    assert "a\ufffd[2Jb\ufffd" in shown and "[red]\ufffd" in shown and "g\ufffd" in shown
+    assert "a\ufffd[2Jb\ufffd" in shown and "[red]\ufffd" in shown and "g\ufffd" in shown and shown.count("e\ufffd") == 2
     assert all(one.isprintable() or one == "\n" for one in shown)
 
 
@@ -93,16 +132,20 @@ def test_what_control_says_is_what_is_shown() -> None:
             counted = VersionReport(answered=50 * at, errors=at, in_flight=2)
             hops = [0] * len(counted.latencies)
             counted.latencies[bucket(0.02)] = hops[bucket(0.01)] = 50 * at
-            stats = Stats(3, 1, 0.0, 200 * at, 10 * at, 7.5 * at, 512_000_000, draining=False)
-            steering.report(DoorReport(door, {1: counted}, {"r1": dataclasses.asdict(stats)}, hops={(1, "embed"): hops}), now_s=float(at))
+            engine = {"running": 2.0, "waiting": 1.0, "sequences": 8.0, "kv_cache": 0.5, "generated_tokens": 70.0 * at}
+            stats = Stats(3, 1, 0.0, 200 * at, 10 * at, 7.5 * at, 512_000_000, draining=False, engine=engine)
+            replicas, paces = {"r1": dataclasses.asdict(stats)}, {1: (hops, counted.latencies)}
+            steering.report(DoorReport(door, {1: counted}, replicas, hops={(1, "embed"): hops}, paces=paces), now_s=float(at))
         steering.tick(now_s=float(at), at_s=1_800_000_000.0 + at, failures={})
     status = steering.status(now_s=11.0, at_s=1_800_000_011.0)
     assert json.loads(json.dumps(status)) == status
-    assert status.keys() | {"door"} == set(re.findall(r"^    (\w+)(?=:|,|  )", view.__doc__ or "", re.MULTILINE)) | {"at_s"}
+    assert status.keys() | {"door", "guests"} == set(re.findall(r"^    (\w+)(?=:|,|  )", view.__doc__ or "", re.MULTILINE)) | {"at_s"}
     lines = [" ".join(line.split()) for line in view.text(status).splitlines()]
     assert lines[0] == "reviews 2 doors, 100 requests/s"
     assert "1 current 100% 100 4 20 ms 20 ms 2.0 0 0 0" in [re.sub(r"\b(19|2\d) ms", "20 ms", line) for line in lines]
     assert "1 embed 1 3 1 200 75% 10 ms 10 ms 0 512.0 MB" in [re.sub(r"\b(9\.\d|1\d) ms", "10 ms", line) for line in lines]
+    engines = [re.sub(r"\b(19|2\d) ms", "20 ms", re.sub(r"\b(9\.\d|1[0-3]) ms", "10 ms", line)) for line in lines]
+    assert "1 embed 0 70 10 ms 10 ms 20 ms 20 ms 2 of 8 1 50% - 0" in engines
     assert lines[-1].endswith("version 1 promoted: the first version")
 
 
@@ -162,6 +205,21 @@ def test_once(service: Service) -> None:
     assert call() == call("reviews", "--once") == call(where)
     with pytest.raises(ServingError, match="no service 'reviewz'.*did you mean 'reviews'"):
         call("reviewz")
+
+
+def test_services_behind_one_address(service: Service) -> None:
+    """All of them, one below the other, or the one that is named."""
+    service.answer = json.dumps({**STATUS, "guests": [{"service": "chat", "versions": []}, "no map"]}).encode()
+    where = f"127.0.0.1:{service.server_port}"
+    host = place.here("reviews", address="", token="", url=f"http://{where}", drain_s=1.0)
+    for name in ("chat", "draw"):
+        place.write(dataclasses.replace(host, service=name, behind="reviews"))
+    place.write(host)
+    assert call() == view.text(STATUS, url=f"http://{where}") + "\nchat  0 doors\n"
+    assert call("chat") == f"chat  http://{where}, 0 doors\n"
+    assert json.loads(call("chat", "--json")) == {"service": "chat", "versions": []}
+    with pytest.raises(ServiceError, match="has not heard of 'draw' yet"):
+        call("draw")
 
 
 def test_keys(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

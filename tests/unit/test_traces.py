@@ -15,7 +15,7 @@ import pytest
 
 from headrace.errors import ServingError
 from headrace.serving.watch.traces import Traces, parse
-from headrace.serving.wire import Done
+from headrace.serving.wire import Done, Said
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 DONE = Done(rows=2, queue_s=0.001, wait_s=0.002, compute_s=0.004, batch_rows=16)
@@ -101,6 +101,25 @@ def test_where_the_time_went(recorded: tuple[Traces, Any]) -> None:
     assert abs((queue.start_time - hop.start_time) - (hop.end_time - compute.end_time)) <= 1
     assert hop.end_time - hop.start_time >= 100_000_000 and hop.start_time - span._begun_ns == 900_000_000
     assert all(short.start_time <= one.start_time <= one.end_time <= short.end_time for one in claimed)
+
+
+def test_where_the_time_of_a_language_model_went(recorded: tuple[Traces, Any]) -> None:
+    """The wait for a replica is part of the queue; vectors have no first token; who is refused has no parts."""
+    traces, kept = recorded
+    span = traces.begin(None, "POST /v1/chat/completions")
+    span._started_s -= 1.0
+    span.talk("say", 0.1, Said(200, 5, 0, 7, queue_s=0.01, first_s=0.05, took_s=0.5), waited_s=0.2, replica="say-1")
+    span.talk("embed", 0.1, Said(200, 5, queue_s=0.01, took_s=0.03))
+    span.talk("say", 0.9, None, attempt=0, error="overloaded")
+    *parts, say, queue, compute, embed, refused = kept.get_finished_spans()
+    assert [(one.name, round((one.end_time - one.start_time) / 1e6)) for one in (*parts, queue, compute)] == [
+        ("queue", 210), ("prefill", 40), ("decode", 450), ("queue", 10), ("compute", 20),
+    ]  # fmt: skip
+    assert say.attributes == {
+        "headrace.group": "say", "headrace.attempt": 1, "headrace.replica": "say-1",
+        "headrace.queue_s": pytest.approx(0.21), "headrace.prefill_s": pytest.approx(0.04), "headrace.decode_s": pytest.approx(0.45),
+    }  # fmt: skip
+    assert "headrace.replica" not in embed.attributes and refused.attributes["error.type"] == "overloaded"
 
 
 def test_errors(recorded: tuple[Traces, Any]) -> None:

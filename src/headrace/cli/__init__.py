@@ -24,6 +24,7 @@ from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
 from headrace.cli.keys import keys
+from headrace.cli.llm import llm
 from headrace.cli.promote import promote
 from headrace.cli.replay import replay
 from headrace.cli.rollback import rollback
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(serve)
+app.command()(llm)
 app.command()(promote)
 app.command()(rollback)
 app.command()(stop)

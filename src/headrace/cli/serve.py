@@ -7,55 +7,53 @@ import math
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from headrace.cli.loading import load
-from headrace.cli.options import Address, File, Set, Verbose
+from headrace.cli.options import (
+    Accounts,
+    Address,
+    AllowNoKeys,
+    Behind,
+    CanaryShare,
+    Deadline,
+    Doors,
+    File,
+    Files,
+    Gate,
+    Host,
+    Idle,
+    Keys,
+    Latency,
+    Log,
+    MaxBody,
+    MaxRows,
+    Name,
+    Port,
+    Prices,
+    Replicas,
+    Set,
+    ShadowShare,
+    TargetInFlight,
+    Tls,
+    Verbose,
+    check_behind,
+)
 from headrace.errors import ServingError, SettingError
 from headrace.settings import override
 
 if TYPE_CHECKING:
     from headrace.gateway.openai.opening import Opening
+    from headrace.on_ray.service import Face
     from headrace.serving.release.versions import How
 
-Name = Annotated[
-    str | None, typer.Option(metavar="NAME", help="What the service is called, by default as the pipeline is. If it runs, this is its next version.")
-]
-Host = Annotated[str, typer.Option(help="The address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")]
-Replicas = Annotated[
-    list[str] | None, typer.Option(metavar="[GROUP=]LEAST:MOST", help="Replicas of each group, or of one: 1:8, or 0:4 to end the last while idle; repeatable.")
-]
-TargetInFlight = Annotated[float, typer.Option(metavar="N", help="Requests under way for each replica, to which replicas are added and taken away.")]
-Idle = Annotated[str, typer.Option(metavar="TIME", help="With --replicas 0:N: how long nothing must have been asked for until the last replica ends.")]
-Latency = Annotated[str, typer.Option(metavar="TIME", help="The time to answer in, such as 200ms: work that could not be is refused with 429.")]
-Deadline = Annotated[str, typer.Option(metavar="TIME", help="When a request is given up that names no deadline of its own, and the most it may name.")]
-MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The largest body of a request, such as 16MB.")]
-MaxRows = Annotated[int, typer.Option(min=1, metavar="N", help="The most rows of a request.")]
-Keys = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer only to keys in this file, which headrace keys makes.")]
-Accounts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHERE", envvar="HEADRACE_ACCOUNTS", help="Answer only to keys in these accounts, within their limits: an SQLite file or a PostgreSQL URL."
-    ),
-]
-Prices = Annotated[Path | None, typer.Option(metavar="FILE", help="With --accounts: what tokens cost, by model, in TOML.")]
-Files = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Keep files here, and run batches of requests in the background: /v1/files and /v1/batches.")
-]
-Tls = Annotated[str | None, typer.Option(metavar="CERT,KEY", help="Files with a certificate chain and its key, in PEM: https instead of http.")]
-AllowNoKeys = Annotated[bool, typer.Option("--allow-no-keys", help="Listen beyond this machine although anybody is answered.")]
-Doors = Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Processes that share the port and pass requests to replicas.")]
-CanaryShare = Annotated[
-    str | None, typer.Option("--canary", metavar="SHARE", help="Give the new version this share of requests, more as it proves no worse, or take it back.")
-]
-ShadowShare = Annotated[str | None, typer.Option("--shadow", metavar="SHARE", help="Mirror this share of requests to the new version, and answer none by it.")]
-Gate = Annotated[Path | None, typer.Option(metavar="FILE", help="Rows that the new version must compute as this process does before it answers.")]
-Log = Annotated[str | None, typer.Option(metavar="json|off", help="A JSON line for each request on standard output; off on a terminal unless asked for.")]
+SPOKEN_S = 600.0
+"""The deadline of requests to a language model where none is given."""
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?")
 _TIMES_S = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -65,15 +63,17 @@ _SERVICE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 
 
 def serve(
+    context: typer.Context,
     file: File,
     name: Name = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    behind: Behind = None,
     replicas: Replicas = None,
     target_in_flight: TargetInFlight = 8.0,
     idle: Idle = "5min",
     latency: Latency = "1s",
-    deadline: Deadline = "60s",
+    deadline: Deadline = None,
     max_body: MaxBody = "16MiB",
     max_rows: MaxRows = 4096,
     keys: Keys = None,
@@ -92,32 +92,73 @@ def serve(
     verbose: Verbose = False,
 ) -> None:
     """Serve a pipeline over HTTP, until told to stop. On a running service this is its next version, which takes over without a request lost."""
+    check_behind(context, behind)
     how = takeover(canary, shadow)
     replicas_of, idle_s = dict(replica_bounds(word) for word in replicas or []), seconds(idle, "--idle")
-    exposed(host, keys=keys is not None or accounts is not None, allow_no_keys=allow_no_keys)
-    certificate = pair(tls) if tls else None
-    if log not in (None, "json", "off"):
-        raise SettingError(f"--log {log!r} must be json or off")
+    latency_s, most_bytes = seconds(latency, "--latency"), size(max_body, "--max-body")
+    deadline_s = None if deadline is None else seconds(deadline, "--deadline")
+    shown = Shown(host, port, doors, tls, keys, allow_no_keys, log)
+    shown.check(accounts)
     pipeline = override(load(file), set_ or [])
     service = name or pipeline.name
-    if not _SERVICE.fullmatch(service) or "-door-" in service:
-        raise SettingError(f"--name {service!r} must be a letter, then letters, digits, '_' and '-', 63 at most, such as reviews or reviews-eu")
+    check_name(service, "--name")
+    from headrace.serving.bodies.openapi import contract
     from headrace.serving.routes import Limits
 
-    limits = Limits(size(max_body, "--max-body"), max_rows, deadline_s=seconds(deadline, "--deadline"), latency_s=seconds(latency, "--latency"))
-    if keys is not None:
-        from headrace.serving.keys import KeyFile
-
-        KeyFile(keys).hashes()  # told now, and not by actors, if it is missing or damaged
-
+    if deadline_s is None:
+        deadline_s = SPOKEN_S if "speech" in contract(pipeline) else Limits().deadline_s
+    limits = Limits(most_bytes, max_rows, deadline_s=deadline_s, latency_s=latency_s)
     opening = opened(accounts, prices, files)
     from headrace.on_ray.deploying import Bounds, Change  # loads ray: a mistake above is told half a second earlier
-    from headrace.on_ray.service import Face, Service, Where
+    from headrace.on_ray.service import Service, Where
     from headrace.on_ray.service import serve as begin
 
-    face = Face(host, port, doors, certificate, keys, log == "json" or (log is None and not sys.stdout.isatty()), opening, accounts is not None)
     where = Where(address, Path(file.partition("::")[0]).resolve().parent, verbose)
-    begin(Service(pipeline, service, where, face, limits, Bounds(replicas_of, target_in_flight, idle_s), Change(how, gate)), tell=tell)
+    bounds = Bounds(replicas_of, target_in_flight, idle_s)
+    begin(Service(pipeline, service, where, shown.face(opening), limits, bounds, Change(how, gate), behind), tell=tell)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What options say of the doors of a service."""
+
+    host: str
+    port: int
+    doors: int
+    tls: str | None
+    keys: Path | None
+    allow_no_keys: bool
+    log: str | None
+
+    def check(self, accounts: str | None) -> None:
+        """Tell mistakes now, and not by actors.
+
+        Raises:
+            HeadraceError: something is wrong, or does not go together.
+        """
+        exposed(self.host, keys=self.keys is not None or accounts is not None, allow_no_keys=self.allow_no_keys)
+        if self.tls is not None:
+            pair(self.tls)
+        if self.log not in (None, "json", "off"):
+            raise SettingError(f"--log {self.log!r} must be json or off")
+        if self.keys is not None:
+            from headrace.serving.keys import KeyFile
+
+            KeyFile(self.keys).hashes()
+
+    def face(self, opening: Opening) -> Face:
+        """The same as the service has it."""
+        from headrace.on_ray.service import Face
+
+        logs = self.log == "json" or (self.log is None and not sys.stdout.isatty())
+        certificate = None if self.tls is None else pair(self.tls)
+        return Face(self.host, self.port, self.doors, certificate, self.keys, logs, opening, opening.accounts is not None)
+
+
+def check_name(service: str, option: str) -> None:
+    """Refuse what no service can be called."""
+    if not _SERVICE.fullmatch(service) or "-door-" in service:
+        raise SettingError(f"{option} {service!r} must be a letter, then letters, digits, '_' and '-', 63 at most, such as reviews or reviews-eu")
 
 
 def tell(text: str) -> None:

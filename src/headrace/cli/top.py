@@ -32,20 +32,20 @@ _TIMEOUT_S = 5.0
 
 def top(where: Where = None, once: Once = False, json: Json = False, key: Key = None, ca: Ca = None) -> None:
     """Show a service live: its versions, replicas, requests under way, latencies, how full calls are, and what happened last."""
-    url = _url(where)
+    url, service = _place(where)
     console = Console(highlight=False, emoji=False)
     with open_client(url, key or os.environ.get("HEADRACE_KEY"), ca) as client:
-        status = ask(client, url)
+        status = ask(client, url, service)
         if json:
             print(json_module.dumps(status, indent=1))
         elif once or not console.is_terminal:
             print(view.text(status, url=url), end="")
         else:
-            watch(client, url, status, console)
+            watch(client, url, status, console, service)
 
 
-def ask(client: httpx2.Client, url: str) -> dict[str, Any]:
-    """What a service says of itself.
+def ask(client: httpx2.Client, url: str, service: str | None = None) -> dict[str, Any]:
+    """What a service says of itself; of all behind its doors, the one of that name.
 
     Raises:
         ServiceError: it does not answer, asks for a key, or is no service of headrace.
@@ -66,10 +66,15 @@ def ask(client: httpx2.Client, url: str) -> dict[str, Any]:
         status = None
     if not isinstance(status, dict) or "versions" not in status:
         raise ServiceError(f"what answers at {url} is no service of headrace: {url}/status gives {answer.status_code}", answer.status_code)
-    return status
+    if service is None:
+        return status
+    guests: dict[str, dict[str, Any]] = {guest.get("service", ""): guest for guest in status.get("guests") or () if isinstance(guest, dict)}
+    if service not in guests:
+        raise ServiceError(f"the door that answered at {url} has not heard of {service!r} yet")
+    return guests[service]
 
 
-def watch(client: httpx2.Client, url: str, status: Mapping[str, Any], console: Console) -> None:
+def watch(client: httpx2.Client, url: str, status: Mapping[str, Any], console: Console, service: str | None = None) -> None:
     """Show it every second until Ctrl-C. A service that no longer answers is waited for."""
     heard_s = time.monotonic()
     with Live(view.frame(status, url=url), console=console, auto_refresh=False) as live:
@@ -78,7 +83,7 @@ def watch(client: httpx2.Client, url: str, status: Mapping[str, Any], console: C
                 time.sleep(_EVERY_S)
                 note = ""
                 try:
-                    status = ask(client, url)
+                    status = ask(client, url, service)
                     heard_s = time.monotonic()
                 except ServiceError as error:
                     note = f"{error}; this is of {time.monotonic() - heard_s:.0f} s ago"
@@ -107,17 +112,18 @@ def open_client(url: str, key: str | None, ca: Path | None) -> httpx2.Client:
     return httpx2.Client(headers=headers, verify=trusted, timeout=_TIMEOUT_S, trust_env=False)
 
 
-def _url(where: str | None) -> str:
-    """Where to ask: a URL as it is given, else where a service of this machine answers."""
+def _place(where: str | None) -> tuple[str, str | None]:
+    """Where to ask, a URL as it is given, else where a service of this machine answers; and for which one behind that address, if only one is meant."""
     if where is not None and ("/" in where or ":" in where):
-        return (where if "://" in where else f"http://{where}").rstrip("/").removesuffix("/status")
+        return (where if "://" in where else f"http://{where}").rstrip("/").removesuffix("/status"), None
     known = place.known()
     if where is None:
-        if len(known) != 1:
+        alone = [one for one in known if not one.behind]
+        if len(alone) != 1:
             there = f"say which of {listing(one.service for one in known)}" if known else "give the URL of one that runs elsewhere"
-            raise ServingError(f"{len(known)} services run here; {there}")
-        return known[0].url
+            raise ServingError(f"{len(alone)} services run here; {there}")
+        return alone[0].url, None
     found = place.find(where)
     if found is None:
         raise place.unknown(where, [one.service for one in known])
-    return found.url
+    return found.url, found.service if found.behind else None

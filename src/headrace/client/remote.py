@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 import pyarrow as pa
@@ -25,6 +26,8 @@ from headrace.client.lines import MEDIA as LINES
 from headrace.client.lines import Lines
 from headrace.client.loop import result, submit
 from headrace.client.session import Session
+from headrace.client.writing import MEDIA as EVENTS
+from headrace.client.writing import Put, Written, read
 from headrace.errors import RowError, ServiceError, SettingError, check_number, listing, nearest
 
 T = TypeVar("T")
@@ -43,6 +46,7 @@ class Client:
         client.reviews([{"text": "A quiet room"}, {"text": "Loud"}])   # rows: their outputs, in order
         await client.reviews.aio(rows)                                 # the same, from async code
         for row in client.reviews.stream(rows): ...                    # any number of rows, in bounded memory
+        for piece in client.reviews.write(row): ...                    # text while a language model writes it
 
     The name of the pipeline is the attribute, or the key: `client["reviews"]`. Values are those of `Pipeline.local`: vectors are numpy arrays,
     instants datetimes, images bytes. Lost connections and the statuses 429, 502 and 503 are tried again, with growing pauses, never beyond
@@ -162,6 +166,17 @@ class Remote:
         """The same, to be awaited in any event loop. Cancelled, it hangs up, and the service drops the work."""
         return await asyncio.wrap_future(submit(self._call(rows, timeout_s, form)))
 
+    def write(self, row: Row, *, timeout_s: float | None = None) -> Written:
+        """The outputs of a row while they are written, where the pipeline's last stage is a language model that writes text.
+
+        What it gives is an iterator of the pieces of that text, plain and asynchronous, and has the whole `row` at the end. Before the first piece
+        it is tried again like a call; after that, an answer that breaks off is an error. `timeout_s` holds for the whole answer.
+
+        Raises:
+            ServiceError: while it is read, as from a call. Status 406: the pipeline writes no text so.
+        """
+        return Written(partial(self._write, row, timeout_s))
+
     def stream(self, rows: Iterable[Row], *, chunk: int = 256, errors: Errors = "raise") -> Iterator[Any]:
         """The outputs of any number of rows, in order, while `rows` is read: at most eight chunks are under way.
 
@@ -249,6 +264,26 @@ class Remote:
         if answer.status != 200:
             raise error_of(answer, headers["x-request-id"], first_row=first_row)
         return answerer.rows(answer.content, way, expected=len(rows))
+
+    async def _write(self, row: Row, timeout_s: float | None, put: Put) -> dict[str, Any]:
+        if timeout_s is not None:
+            check_number(timeout_s, "timeout_s")
+        end_s = self._session.end_s(timeout_s)
+        contract, data = await self._encoded(lambda contract: contract.table([row]), end_s)
+        for other in (False, True):
+            way = contract.form(1)
+            headers = {"content-type": MEDIA[way], "accept": EVENTS, "x-request-id": uuid.uuid4().hex}
+            answer, response = await self._session.begin(self._path, headers, contract.body(data, way, single=True), end_s)
+            if response is not None:
+                written = await read(response, put, left_s=end_s - self._session.world.now(), request_id=headers["x-request-id"])
+                answerer = await self._answerer(answer, contract, end_s)
+                return answerer.rows(b'{"rows":[%b]}' % written, "json", expected=1)[0]  # by itself, a row of one column "rows" would look like several
+            answerer = await self._answerer(answer, contract, end_s)
+            if answer.status != 422 or answerer.inputs == contract.inputs or other:
+                break
+            self._newest = contract = answerer  # as in _ask
+            data = contract.table([row])
+        raise error_of(answer, headers["x-request-id"])
 
     async def _lines(self, rows: Sequence[Row], first_row: int) -> list[Any]:
         """The outputs of rows that are sent as lines, or the error of each that failed."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,27 +49,43 @@ class Session:
 
         async def send(left_s: float) -> Answer:
             if isinstance(body, bytes):
-                return await self._send(method, path, headers, body, left_s)
+                return await self._answered(method, path, headers, body, left_s)
             numbers, content = body.missing()
-            return body.received(numbers, await self._send(method, path, headers, content, left_s))
+            return body.received(numbers, await self._answered(method, path, headers, content, left_s))
 
         request_id = headers.get("x-request-id", "")
         return await exchange(send, end_s=end_s, budget=self.budget, hedge_s=self.hedge_s, world=self.world, request_id=request_id, where=self.url)
 
-    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes, left_s: float) -> Answer:
+    async def begin(self, path: str, headers: Mapping[str, str], body: bytes, end_s: float) -> tuple[Answer, httpx2.Response | None]:
+        """The head of the answer to a POST, tried until `end_s`, and with status 200 the response, whose body is still to come; else its body."""
+        begun: list[httpx2.Response] = []
+
+        async def send(left_s: float) -> Answer:
+            response = await self._send("POST", path, headers, body, left_s, stream=True)
+            if response.status_code == 200:
+                begun.append(response)
+                return Answer(200, response.headers, b"")
+            with told():
+                async with asyncio.timeout(left_s):
+                    return Answer(response.status_code, response.headers, await response.aread())
+
+        answer = await exchange(send, end_s=end_s, budget=self.budget, world=self.world, request_id=headers.get("x-request-id", ""), where=self.url)
+        return answer, begun[0] if begun else None
+
+    async def _answered(self, method: str, path: str, headers: Mapping[str, str], body: bytes, left_s: float) -> Answer:
         """One attempt."""
+        response = await self._send(method, path, headers, body, left_s)
+        return Answer(response.status_code, response.headers, response.content)
+
+    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes, left_s: float, *, stream: bool = False) -> httpx2.Response:
         http = self._open()
         import httpx2
 
         every = {**self.headers, **headers, "x-request-timeout": f"{max(left_s, 0.001):.3f}"}
-        try:
+        request = http.build_request(method, self.url + path, headers=every, content=body, timeout=httpx2.Timeout(None, connect=_CONNECT_S))
+        with told():
             async with asyncio.timeout(left_s):
-                answer = await http.request(method, self.url + path, headers=every, content=body, timeout=httpx2.Timeout(None, connect=_CONNECT_S))
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise Lost(str(error) or type(error).__name__, reached=False) from error
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise Lost(str(error) or type(error).__name__, reached=True) from error
-        return Answer(answer.status_code, answer.headers, answer.content)
+                return await http.send(request, stream=stream)
 
     def _open(self) -> httpx2.AsyncClient:
         """The connections of the loop that runs."""
@@ -90,3 +107,16 @@ class Session:
             (there, http), self._http = self._http, None
             if there is loop():
                 asyncio.run_coroutine_threadsafe(http.aclose(), there).result()
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Have connections that are lost tell so by `Lost`."""
+    import httpx2
+
+    try:
+        yield
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        raise Lost(str(error) or type(error).__name__, reached=False) from error
+    except (httpx2.TransportError, httpx2.DecodingError) as error:
+        raise Lost(str(error) or type(error).__name__, reached=True) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,24 @@ async def ask(engine: Answering, request: Request, *, schema: Schema | None, out
     raise InvalidAnswer(last)
 
 
+async def write(engine: Answering, request: Request, **asked: Any) -> AsyncIterator[str]:
+    """The pieces of a row's answer, while it is written. `asked` goes to the engine with the request.
+
+    Raises:
+        PromptTooLong: the prompt does not fit.
+        EngineError: the engine refused the request, or failed on it.
+    """
+    reply = await engine.speak(CHAT if request.prompt is None else COMPLETIONS, {**request.body(0, None), "stream": True}, **asked)
+    if isinstance(reply, Reply):
+        _choices(reply)  # raises: what was asked for is a stream
+        raise EngineError("the engine answered at once, and was asked for a stream")
+    async with aclosing(reply) as events:  # type: ignore[type-var]
+        async for event in events:
+            said = event.removeprefix("data: ").strip()
+            if said != "[DONE]" and (piece := _piece(json.loads(said))):
+                yield piece
+
+
 async def embed(engine: Answering, texts: Sequence[str]) -> list[npt.NDArray[np.float32]]:
     """The texts' vectors, each of shape (size,).
 
@@ -85,11 +104,20 @@ def _choices(reply: Reply) -> Sequence[Mapping[str, Any]]:
     return choices
 
 
+def _piece(event: Mapping[str, Any]) -> str:
+    """The text that an event of a stream brings; its error as below."""
+    if "error" in event:
+        raise _fault(event["error"], "the engine failed in the middle of the answer")
+    return "".join((choice["text"] if "text" in choice else choice["delta"].get("content")) or "" for choice in event["choices"])
+
+
 def _content(reply: Reply) -> Mapping[str, Any]:
     """The reply's body; its error as the exception that a dead letter is named for."""
     content: Mapping[str, Any] = json.loads(reply.body)
     if reply.status == 200:
         return content
-    error = content.get("error", {})
-    message = str(error.get("message") or f"status {reply.status}")
-    raise (PromptTooLong if error.get("param") in _OF_LENGTH else EngineError)(message)
+    raise _fault(content.get("error", {}), f"status {reply.status}")
+
+
+def _fault(error: Mapping[str, Any], otherwise: str) -> PromptTooLong | EngineError:
+    return (PromptTooLong if error.get("param") in _OF_LENGTH else EngineError)(str(error.get("message") or otherwise))

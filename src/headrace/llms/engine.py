@@ -36,6 +36,7 @@ _SERVING = {
     COMPLETIONS: ("openai_serving_completion", "create_completion"),
     EMBEDDINGS: ("serving_embedding", "__call__"),
 }
+_TEMPLATED = ("documents", "reasoning_effort")  # fields of a chat that its template sees
 _SPENT: contextvars.ContextVar[Spent | None] = contextvars.ContextVar("spent", default=None)
 _KILLED = -9  # the exit code of a process that SIGKILL ended: whoever sent it was no row
 
@@ -105,9 +106,12 @@ class Engine:
             create, kind = self._spoken(path)
             request = kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
             request.model, request.priority = self.config.name, priority
+            _ease(request)
             if request_id is not None:
                 request.request_id = request_id
             result = await create(request, None)
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # of which vLLM makes an answer with status 400
+                raise asyncio.CancelledError
         except (VLLMError, EngineGenerateError, TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, NotImplementedError) as error:
             result = create_error_response(error)
         except EngineDeadError:
@@ -210,18 +214,21 @@ class Engine:
         from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
         if "messages" in body:
-            forms = [TokenizeChatRequest.model_validate({"messages": body["messages"], "tools": body.get("tools")})]
+            told = {name: body[name] for name in _TEMPLATED if body.get(name) is not None}
+            given = {name: body[name] for name in TokenizeChatRequest.model_fields if name in body}
+            forms = [TokenizeChatRequest.model_validate({**given, "chat_template_kwargs": {**(body.get("chat_template_kwargs") or {}), **told}})]
         else:
             prompts = body.get("prompt", body.get("input"))
             texts = prompts if isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int)) else [prompts]
-            forms = [TokenizeCompletionRequest(prompt=text) for text in texts if isinstance(text, str)]
+            special = body.get("add_special_tokens", True)
+            forms = [TokenizeCompletionRequest(prompt=text, add_special_tokens=special) for text in texts if isinstance(text, str)]
         count = 0 if "messages" in body else sum(len(text) for text in texts if isinstance(text, list))
         for form in forms:
             form.model = self.config.name
-            told = await self._state.serving_tokenization.create_tokenize(form, None)
-            if not hasattr(told, "count"):
-                return _reply(told)
-            count += told.count
+            found = await self._state.serving_tokenization.create_tokenize(form, None)
+            if not hasattr(found, "count"):
+                return _reply(found)
+            count += found.count
         return Reply(200, json.dumps({"count": count}).encode())
 
     async def _relayed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -312,6 +319,13 @@ async def _counted(outputs: AsyncIterator[Any], spent: Spent | None) -> AsyncIte
             yield output
     finally:
         await outputs.aclose()  # type: ignore[attr-defined]
+
+
+def _ease(request: Any) -> None:
+    """Have alternatives of a form that exclude each other in the schema only be alternatives; pydantic writes tagged unions so."""
+    form = getattr(getattr(request, "response_format", None), "json_schema", None)
+    if isinstance(schema := getattr(form, "json_schema", None), dict):
+        schema.setdefault("x-guidance", {"whitespace_flexible": False, "coerce_one_of": True})
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from headrace import registry
 from headrace.batching import Rows
 from headrace.columns import Column, ColumnType, Vector, types_of
 from headrace.errors import DefinitionError, SettingError, check_number
 from headrace.hardware import Hardware, cpu, gpu
 from headrace.llms import options, places, prompts
 from headrace.llms.answers import Schema
-from headrace.llms.asking import Request, ask, embed
+from headrace.llms.asking import Request, ask, embed, write
 from headrace.llms.options import EngineConfig
 from headrace.llms.prompts import Message, Template
 from headrace.llms.sampling import Sampling
-from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Speaker, Speech
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, Speaker, Speech, Spent, Writing
 from headrace.stage import MARK, Stage, stage
 
 _AT_ONCE = {"cpu": 64, "cuda": 256}  # rows under way: what keeps an engine's batch full
@@ -38,7 +39,8 @@ class LLM:
     is one dead letter. At temperature 0, which is the default, `local`, batch and online give the same text.
 
     Attributes:
-        model: a name on the hub, a folder, or a URI such as `s3://models/qwen`, which is fetched into the user's cache once.
+        model: a name on the hub, a folder, a URI such as `s3://models/qwen`, or a name in an MLflow registry, `models:/qwen@champion` or
+            `models:/qwen/3`; the last two are fetched into the user's cache once.
         prompt: the text of a row's one message, with columns in braces; `{{` is a brace.
         messages: instead, a function whose parameters, annotated with plain types, are the columns; it returns a row's messages.
         reads: the types of columns in `prompt` that are not `str`, such as `{"stars": int}`.
@@ -51,7 +53,7 @@ class LLM:
         embed: turn the prompt, `{text}` when left out, into a vector; `out` is "vector" when left out.
         size: numbers per vector; read from the model where it is on this machine.
         sampling: how words are chosen.
-        lora: a LoRA adapter: a folder, a URI, or a name on the hub that is in the cache.
+        lora: a LoRA adapter: a folder, a URI, a name in a registry, or a name on the hub that is in the cache.
         engine: vLLM's engine arguments by their own names, before all defaults, such as `{"max_model_len": 8192}`.
         stall_s: an engine that has rows to compute and makes no step for so long is given up, and the replica with it.
 
@@ -180,6 +182,10 @@ class LLM:
         weakref.finalize(self, self._engine.close)
         return str(self._engine)
 
+    def pinned_settings(self) -> Mapping[str, Any]:
+        """The settings that name models of a registry, with the versions that they name now; see `Stage.pinned`."""
+        return registry.pinned({"model": self.model, "lora": self.lora}, self._where)
+
     def speaks(self) -> Speech:
         """What this stage is to clients of OpenAI's interface; see `headrace.speech`."""
         return Speech(places.public_name(self.lora or self.model), (EMBEDDINGS,) if self.embed else (CHAT, COMPLETIONS))
@@ -193,10 +199,24 @@ class LLM:
         engine = vars(self).get("_engine")
         return {} if engine is None else engine.figures()
 
+    def writing(self) -> Writing | None:
+        """What it writes piece by piece: see `headrace.speech.Writer`. Neither vectors nor fields of a schema, which are checked as a whole."""
+        if self.embed or self._schema is not None:
+            return None
+        return Writing(str(self.out), self.sampling.max_tokens or 0)
+
+    def asks(self, **columns: Column[Any]) -> Request:
+        """What a row asks; the columns hold one value each. See `headrace.speech.Writer`."""
+        (row,) = _rows(columns)
+        return self._request(row)
+
+    def write(self, asked: Request, *, priority: int = 1, request_id: str | None = None, spent: Spent) -> AsyncIterator[str]:
+        """The pieces of the answer to what a row asks: see `headrace.speech.Writer`."""
+        return write(self._engine, asked, priority=priority, request_id=request_id, spent=spent)
+
     def __call__(self, **columns: Column[Any]) -> dict[str, list[Any]]:
         """The answers to rows: one list for each column written."""
-        given = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
-        rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+        rows = _rows(columns)
         if self.embed:
             assert self._template is not None
             vectors = self._engine.call(embed(self._engine, [self._template.fill(row) for row in rows]))
@@ -246,6 +266,12 @@ def stage_of(llm: LLM) -> Stage:
         def __call__(self, text: Column[str]) -> None: ...
 
     return dataclasses.replace(Stage.of(Shape()), reads=MappingProxyType(reads), call=llm)
+
+
+def _rows(columns: Mapping[str, Column[Any]]) -> list[dict[str, Any]]:
+    """The rows of columns, of plain Python values."""
+    given = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
 def _entries(llm: LLM) -> list[Hardware]:

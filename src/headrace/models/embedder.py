@@ -6,11 +6,13 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
+from headrace import registry
 from headrace.columns import Column, Vector, types_of
 from headrace.errors import SettingError, check_number
 from headrace.hardware import Hardware, cpu, gpu
@@ -37,7 +39,8 @@ class Embedder:
     limit, and run in slices of like length, so that little is padded. `pip install 'headrace[embeddings]'` brings the libraries.
 
     Attributes:
-        model: a local folder, or the name of a hub's model; where it is not on this machine, give `size` as well.
+        model: a local folder, the name of a hub's model, or a name in an MLflow registry, `models:/name@alias` or `models:/name/3`; where it
+            is not on this machine, and for one of a registry, give `size` as well.
         runtime: "auto", or the one to use: "torch", "torch-bf16", "torch-fp16", "openvino", "openvino-bf16", "onnx".
         prompt: put before every text; the model's own default prompt when left out.
         longest: tokens after which a text is cut, at most (and when left out) as many as the model says.
@@ -77,6 +80,8 @@ class Embedder:
             if (value := getattr(self, setting)) is not None:
                 check_number(value, f"{name}: {setting}", whole=True)
         check_number(self.least_cosine, f"{name}: least_cosine")
+        if registry.is_address(self.model):
+            registry.Address.of(self.model, f"{name}: model")
         found = folder.find(str(self.model))
         self._check_size(None if found is None else folder.read(found).size)
 
@@ -88,7 +93,7 @@ class Embedder:
         """
         import tokenizers
 
-        found = folder.find(str(self.model)) or _download(str(self.model))
+        found = folder.find(str(self.model)) or _download(str(self.model), vars(self)["name"])
         card = folder.read(found)
         self._check_size(card.size)
         prompt = card.prompt if self.prompt is None else self.prompt
@@ -107,6 +112,10 @@ class Embedder:
         if self.slice_tokens is not None:
             self.verdict = dataclasses.replace(self.verdict, slice_tokens=self.slice_tokens)
         return str(self.verdict)
+
+    def pinned_settings(self) -> Mapping[str, Any]:
+        """The model, if it is one of a registry, with the version that it names now; see `Stage.pinned`."""
+        return registry.pinned({"model": self.model}, vars(self)["name"])
 
     def __call__(self, **columns: Column[str]) -> dict[str, Vectors]:
         """The vectors of a column of texts, shape (rows, size), under the name of the column to write."""
@@ -165,7 +174,9 @@ class _Spec:
 setattr(Embedder, MARK, _Spec())
 
 
-def _download(model: str) -> Any:
+def _download(model: str, where: str) -> Path:
+    if registry.is_address(model):
+        return registry.fetch(model, f"{where}: model")
     from headrace.models import runtimes
 
     try:

@@ -33,7 +33,8 @@ _LENT_S = 3600.0
 class Charge:
     """What control is set over: the service, its bounds, where it answers, the file with its keys, and the certificate to trust there.
 
-    `guarded` is whether doors know keys beside those of the file; then nobody is let in without one, as with a file.
+    `guarded` is whether doors know keys beside those of the file; then nobody is let in without one, as with a file. A service that is
+    `behind` another one has no doors of its own: the other one's are its, and the keys are that one's matter.
     """
 
     service: str
@@ -42,6 +43,7 @@ class Charge:
     keys: str | None = None
     ca: str | None = None
     guarded: bool = False
+    behind: str | None = None
 
     @property
     def kept(self) -> str:
@@ -141,6 +143,24 @@ class Control:
         """The highest number that a version was given, and that of the last event."""
         with self._lock:
             return self._steering.state.latest, self._steering.told
+
+    async def names(self) -> tuple[str, ...]:
+        """By which names its versions are asked."""
+        with self._lock:
+            return self._steering.names
+
+    async def guests(self) -> tuple[str, ...]:
+        """The services behind this one's doors."""
+        with self._lock:
+            return tuple(self._steering.guests.names)
+
+    async def seat(self, guest: str, names: tuple[str, ...]) -> None:
+        """Take a service in behind this one's doors, to be asked by these names, or give it others."""
+        self._change(lambda: self._steering.seat(guest, names))
+
+    async def unseat(self, guest: str) -> None:
+        """A service behind this one's doors has ended, or ends."""
+        self._change(lambda: self._steering.guests.unseat(guest))
 
     async def deploy(self, release: Release) -> None:
         """A version is about to appear in Serve."""

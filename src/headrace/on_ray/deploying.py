@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from headrace.pipeline import Pipeline
 from headrace.plan import Plan, resolve
 from headrace.scaling.policy import Scale
 from headrace.serving.bodies import openapi
+from headrace.serving.release.guests import names_of
 from headrace.serving.release.steering import Release
 from headrace.serving.release.versions import How, Rolling, Shadow, Version
 from headrace.serving.routes import Limits
@@ -35,6 +38,9 @@ from headrace.serving.routes import Limits
 _CALL_S = 30.0
 _AWAY_S = 60.0  # how long control may be away until it counts as gone for good
 Tell = Callable[[str], None]
+Over = Callable[[], bool]
+
+_alone = threading.Lock()  # of deploying: modules are looked through, and Serve is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +92,32 @@ class Deployment:
     change: Change
     cluster: Cluster
 
-    def run(self, tell: Tell, *, stopped: threading.Event | None = None) -> None:
-        """Deploy it, and follow it until it answers. `stopped` ends the following.
+    def run(self, tell: Tell, *, over: Over) -> None:
+        """Deploy it, and follow it until it answers, or until `over`.
 
         Raises:
             DeployError: it did not take over.
             HardwareError, ServingError: it cannot run there, or not so.
+            StoppedError: it was over before.
         """
-        plan = resolve(self.pipeline, self.cluster, online=True)
+        plan = resolve(self.pipeline.pinned(), self.cluster, online=True)
         scales = self.bounds.scales(plan)
         golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), self.pipeline)
         contract = openapi.contract(self.pipeline)
         control = control_of(self.service)
+        charge: Charge = get(control.charged.remote())
         latest, told = get(control.latest.remote())
         number = latest + 1
-        made = application(plan, service=self.service, version=number, limits=self.limits, scales=scales)
+        with _alone:
+            made = application(plan, service=self.service, version=number, limits=self.limits, scales=scales)
+        if charge.behind is not None:
+            names = (*get(control.names.remote()), *names_of(contract))
+            get(control_of(charge.behind).seat.remote(self.service, names))
         get(control.deploy.remote(Release(Version(number, scales), contract, self.change.how, gate=golden is not None)))
         try:
-            deployments.deploy(made, application_name(self.service, number))
-            self._follow(number, told, golden, tell, stopped)
+            with _alone:
+                deployments.deploy(made, application_name(self.service, number))
+            self._follow(number, told, golden, tell, over)
         except (DeployError, StoppedError):
             raise
         except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt) as error:  # nobody is left to bring the version on
@@ -113,8 +126,8 @@ class Deployment:
                 get(control.command.remote("abort", why=why, version=number))
             raise
 
-    def _follow(self, number: int, told: int, golden: parity.Golden | None, tell: Tell, stopped: threading.Event | None) -> None:
-        for event in happenings(self.service, told, stopped):
+    def _follow(self, number: int, told: int, golden: parity.Golden | None, tell: Tell, over: Over) -> None:
+        for event in happenings(self.service, told, over):
             tell(str(event))
             if event.version != number:
                 continue
@@ -132,9 +145,8 @@ class Deployment:
     def _gate(self, number: int, golden: parity.Golden, tell: Tell) -> None:
         """Let the candidate compute the golden rows over HTTP, and tell control what came of it."""
         control = control_of(self.service)
-        key = "hr_" + secrets.token_urlsafe(32)
-        get(control.lend.remote(hashlib.sha256(key.encode()).hexdigest()))
         charge: Charge = get(control.charged.remote())
+        key = lent_key(charge.behind or self.service)
         with Client(charge.url, key=key, version=number, ca=charge.ca) as client:
             verdict = parity.gate(self.pipeline, golden, parity.over_http(client, self.pipeline.name))
         what, *differences = str(verdict).splitlines()
@@ -143,14 +155,48 @@ class Deployment:
         get(control.command.remote("gate_failed" if verdict.differences else "gate_passed", version=number, why=what))
 
 
-def happenings(service: str, told: int, stopped: threading.Event | None = None) -> Any:
-    """What happens to a service after event number `told`, as it happens, until `stopped`.
+def run_together(deployments: Sequence[Deployment], tell: Tell, *, over: Over) -> None:
+    """Deploy several at once, and follow them until all answer, or until `over`.
+
+    Raises:
+        DeployError, HardwareError, ServingError: one of them did not take over, or cannot run; the others are not followed any more.
+        StoppedError: it was over before.
+    """
+    failed = threading.Event()
+
+    def run(one: Deployment) -> None:
+        said = tell if len(deployments) == 1 else functools.partial(_tell_of, one.service, tell)
+        try:
+            one.run(said, over=lambda: over() or failed.is_set())
+        except BaseException:
+            failed.set()
+            raise
+
+    with concurrent.futures.ThreadPoolExecutor(len(deployments)) as pool:
+        errors = [error for run in [pool.submit(run, one) for one in deployments] if (error := run.exception()) is not None]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, StoppedError))  # those that stopped because another one failed come last
+
+
+def _tell_of(service: str, tell: Tell, text: str) -> None:
+    tell(f"{service}: {text}")
+
+
+def lent_key(service: str) -> str:
+    """A key that a service with doors lets in for an hour, as soon as they have heard of it."""
+    key = "hr_" + secrets.token_urlsafe(32)
+    get(control_of(service).lend.remote(hashlib.sha256(key.encode()).hexdigest()))
+    return key
+
+
+def happenings(service: str, told: int, over: Over) -> Any:
+    """What happens to a service after event number `told`, as it happens, until it is `over`.
 
     Raises:
         RunError: control, or its Ray, has been away for too long.
     """
     heard_s = time.monotonic()
-    while stopped is None or not stopped.is_set():
+    while not over():
         try:
             news = get(control_of(service).events.remote(told, 1.0))
         except (RunError, ray.exceptions.RayError, ValueError) as error:

@@ -154,7 +154,8 @@ class Job:
     def run(self, *, mode: Mode, allowance: Allowance, connect: Connect, watch: Watch, prices: Prices | None = None) -> Report:
         """Run it; see `run` above."""
         store, output = self.sink.store, self.sink.place.uri
-        facts = fingerprint.facts(self.pipeline, self.request, {field.name: field.type for field in self.schema})
+        pipeline = self.pipeline.pinned()
+        facts = fingerprint.facts(pipeline, self.request, {field.name: field.type for field in self.schema})
 
         def begin(before: State | None) -> Start:
             here = resume.start(before, self.source, request=self.request, facts=facts, old=partial(_unit_table, store))
@@ -172,7 +173,7 @@ class Job:
         with connect() as cluster:
             for stage in self.pipeline.stages:
                 compat.ship(stage.call, importable=not joined and compat.started_here())
-            plan = resolve(self.pipeline, cluster, keep=self.kept)
+            plan = resolve(pipeline, cluster, keep=self.kept)
             held, before = Ledger.claim(store, restart=restart)
             with Heartbeat(store, held.run), Record(self.sink, held.run, lambda new: watch(new, self.source.rows), prices=prices) as record:
                 here = begin(before)  # again, since another run may have gone on meanwhile

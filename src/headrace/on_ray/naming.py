@@ -8,15 +8,18 @@ import ray
 
 NAMESPACE = "headrace"
 
+BACKSTAGE = "background"
+"""The door without HTTP, through which a service's work in the background goes."""
+
 
 def control_name(service: str) -> str:
     """The actor that knows the service."""
     return f"headrace-{service}"
 
 
-def door_name(service: str, number: int) -> str:
-    """One of its doors."""
-    return f"headrace-{service}-door-{number}"
+def door_name(service: str, door: int | str) -> str:
+    """One of its doors, by its number, or `BACKSTAGE`."""
+    return f"headrace-{service}-door-{door}"
 
 
 def application_name(service: str, version: int) -> str:

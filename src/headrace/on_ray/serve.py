@@ -87,7 +87,7 @@ def serve(
         handle.remote([{"text": "Good"}]).result()          # and POST {"text": "Good"} to Serve's own port
 
     Behind Serve's own proxy it answers as a service of `headrace serve` does, but without what that adds in front: keys, priorities,
-    retries, NDJSON and rollbacks.
+    retries, NDJSON, answers that are sent as they are written, and rollbacks.
 
     Args:
         pipeline: the pipeline, planned for the Ray that is connected, else for this machine; or a plan that was resolved with `online=True`.
@@ -101,7 +101,7 @@ def serve(
     """
     plan = pipeline
     if isinstance(plan, Pipeline):
-        plan = planning.resolve(plan, cluster.describe() if ray.is_initialized() else cluster.here(), online=True)
+        plan = planning.resolve(plan.pinned(), cluster.describe() if ray.is_initialized() else cluster.here(), online=True)
 
     def scaled(deployment: Any, group: Group) -> Any:
         least, most = group.replicas or (1, 1)
@@ -307,6 +307,8 @@ class GroupReplica:
             return error.failure
         if head.content is None:
             return Failure(415, "unsupported_media_type", "NDJSON is answered by headrace serve; send JSON or Arrow here")
+        if head.events:
+            return Failure(406, "not_acceptable", "text/event-stream is answered by headrace serve; ask for JSON or Arrow here")
         limits = self.terms.limits
         body = b""
         async for piece in request.stream():

@@ -3,118 +3,81 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
-import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headrace.errors import HeadraceError, RunError, ServingError, StoppedError
+from headrace.errors import HeadraceError, RunError, ServingError, StoppedError, listing
 from headrace.hardware import Cluster
 from headrace.on_ray import cluster, compat, deployments
+from headrace.on_ray.backstage import Backstage
 from headrace.on_ray.control import Charge, Control
-from headrace.on_ray.deploying import Bounds, Change, Deployment, Tell, get, happenings
-from headrace.on_ray.doors import FrontDoor, Listening, Opening
-from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
-from headrace.pipeline import Pipeline
+from headrace.on_ray.deploying import Deployment, Tell, get, happenings, run_together
+from headrace.on_ray.doors import FrontDoor, Listening
+from headrace.on_ray.intent import Face, Service, Standing, Where
+from headrace.on_ray.naming import BACKSTAGE, NAMESPACE, control_name, control_of, door_name
 from headrace.serving import place
-from headrace.serving.bodies import openapi
-from headrace.serving.routes import Limits
 from headrace.serving.watch.pipes import Pipes
+
+__all__ = ["PROMISES", "Face", "Service", "Standing", "Where", "command", "serve", "stop"]
 
 PROMISES = 8
 """How often a Ray that is started for a service promises each core: versions run beside each other, and most replicas wait most of the time."""
 
 _START_S = 60.0
+_NARRATED_S = 2.0
 _END_S = 30.0  # for processes to end that have nothing to do any more
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Which Ray: the one at `address`, or a service's own on this machine. `folder` is where the pipeline file lies."""
-
-    address: str | None = None
-    folder: Path | None = None
-    verbose: bool = False
-
-    @property
-    def joins(self) -> str | None:
-        """The cluster to join, if any."""
-        return self.address or os.environ.get("RAY_ADDRESS")
+Ready = Callable[[Standing], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Face:
-    """What a service shows: where its doors listen, how many there are, TLS, the file with its keys, and whether requests are logged.
-
-    `opening` has the doors speak OpenAI's interface; `guarded` is whether it knows keys, and lets nobody in without one.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    doors: int = 2
-    tls: tuple[str, str] | None = None
-    keys: Path | None = None
-    log: bool = True
-    opening: Opening | None = None
-    guarded: bool = False
-
-    def url(self, port: int, machine: str) -> str:
-        """Where it answers, seen from this machine, whose own address is `machine`."""
-        host = machine if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared, not bound
-        return f"http{'s' if self.tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A service as a command means it: its pipeline and name, where it is to run, and how."""
-
-    pipeline: Pipeline
-    name: str
-    where: Where = field(default_factory=Where)
-    face: Face = field(default_factory=Face)
-    limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
-    change: Change = field(default_factory=Change)
-
-
-def serve(service: Service, *, tell: Tell) -> None:
+def serve(service: Service, *others: Service, tell: Tell, ready: Ready | None = None) -> None:
     """Serve a pipeline: as the next version of the service of that name where one runs, else as a new service.
 
-    On a Ray that is started for it, a new service runs until this process is told to stop (SIGINT, SIGTERM); requests that were taken are
-    answered before it ends. On a cluster that is joined it goes on after this returns. `tell` is called with a line for all that happens.
+    `others` are served with it, as guests of it, or of the service that it is `behind` itself. On a Ray that is started for it, a new service
+    runs until this process is told to stop (SIGINT, SIGTERM); requests that were taken are answered before it ends. On a cluster that is
+    joined, or behind another service, it goes on after this returns. `tell` is called with a line for all that happens, and `ready` when all
+    answer, in place of lines that say where.
 
     Raises:
-        DeployError: the version did not take over, and why.
+        DeployError: a version did not take over, and why.
         HardwareError, RunError, ServingError: it cannot run here.
     """
-    where = service.where
+    where, host = service.where, service.behind or service.name
+    services = (service, *(dataclasses.replace(other, behind=host) for other in others))
     with _Stop() as stopped:
         if where.joins:
             with cluster.connected(where.joins, folder=where.folder, verbose=where.verbose) as has:
                 stopped.listen()
-                if service.name in _running():
-                    _update(service, has, tell, stopped)
+                if host in (running := _running()):
+                    _announce(_settle(services, has, tell, stopped), tell, ready)
+                elif service.behind is not None:
+                    raise place.unknown(host, running)
                 else:
                     with _reserved(service.face.host, service.face.port) as port:
-                        _begin(service, has, port, "", tell, stopped)
-        elif running := place.find(service.name):
-            with cluster.entered(cluster.Entry(running.address, running.token), verbose=where.verbose):
+                        _announce(_begin(services, has, port, "", tell, stopped), tell, ready)
+        elif running_here := place.find(host):
+            with cluster.entered(cluster.Entry(running_here.address, running_here.token), verbose=where.verbose):
                 stopped.listen()
-                _update(service, cluster.describe(spare_cpus=(PROMISES - 1) * compat.cores()), tell, stopped)
+                standing = _settle(services, cluster.describe(spare_cpus=(PROMISES - 1) * compat.cores()), tell, stopped)
+                for one in standing.new:
+                    place.write(dataclasses.replace(running_here, service=one.name, drain_s=one.limits.deadline_s, behind=host))
+                _announce(standing, tell, ready)
+        elif service.behind is not None:
+            raise place.unknown(host, [one.service for one in place.known()])
         else:
-            _stay(service, tell, stopped)
+            _stay(services, tell, ready, stopped)
 
 
 def command(service: str, name: Literal["promote", "rollback"], *, where: Where, tell: Tell) -> None:
@@ -132,81 +95,141 @@ def command(service: str, name: Literal["promote", "rollback"], *, where: Where,
 
 
 def stop(service: str, *, where: Where, tell: Tell) -> None:
-    """End a service: doors finish what they have, then all of its processes end.
+    """End a service, and its guests: doors finish what they have, then all of its processes end.
 
     Raises:
         ServingError: there is no such service.
         RunError: it does not end.
     """
     running = None if where.joins else place.find(service)
-    if running is not None:
+    if running is not None and not running.behind:
+        drain_s = max(one.drain_s for one in place.known() if service in (one.service, one.behind))
         os.kill(running.pid, signal.SIGTERM)  # it drains, ends its Ray, and takes its file away
-        deadline_s = time.monotonic() + running.drain_s + _END_S
+        deadline_s = time.monotonic() + drain_s + _END_S
         while running.lives:
             if time.monotonic() > deadline_s:
-                raise RunError(f"service {service!r} (process {running.pid}) was told to end {running.drain_s + _END_S:.0f} s ago; end the process by hand")
+                raise RunError(f"service {service!r} (process {running.pid}) was told to end {drain_s + _END_S:.0f} s ago; end the process by hand")
             time.sleep(0.1)
         tell(f"{service} has ended")
         return
     with _found(service, where):
-        charge: Charge = get(control_of(service).charged.remote())
-        _drain(service, charge.limits.deadline_s, tell)
+        _drain(service, tell)
         _end(service)
+        if running is not None:
+            place.forget(running)
         tell(f"{service} has ended")
 
 
-def _stay(service: Service, tell: Tell, stopped: _Stop) -> None:
-    """A new service on a Ray of its own, until this process is told to stop."""
-    face, drain_s = service.face, service.limits.deadline_s
+def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped: _Stop) -> None:
+    """New services on a Ray of their own, until this process is told to stop."""
+    host, face = services[0], services[0].face
     with contextlib.ExitStack() as during:
         port = during.enter_context(_reserved(face.host, face.port))  # an address that is taken is told before Ray starts
-        has = during.enter_context(cluster.connected(verbose=service.where.verbose, promises=PROMISES, urgent=True))
+        has = during.enter_context(cluster.connected(verbose=host.where.verbose, promises=PROMISES, urgent=True))
         stopped.listen()
         pipes = during.enter_context(Pipes(face.doors, sys.stdout.buffer)) if face.log else None
-        url = _begin(service, has, port, pipes.pattern if pipes else "", tell, stopped)
+        standing = _begin(services, has, port, pipes.pattern if pipes else "", tell, stopped)
         entry = cluster.entry()
-        here = place.here(service.name, address=entry.address, token=entry.token, url=url, drain_s=drain_s)
-        place.write(here)
-        during.callback(place.forget, here)
-        for event in happenings(service.name, get(control_of(service.name).latest.remote())[1], stopped):
+        for one in services:
+            here = place.here(one.name, address=entry.address, token=entry.token, url=standing.url, drain_s=one.limits.deadline_s, behind=one.behind or "")
+            place.write(here)
+            during.callback(place.forget, here)
+        during.callback(_forget_guests, host.name)
+        _announce(standing, tell, ready)
+        for guest in services[1:]:
+            narrator = threading.Thread(target=_narrate, args=(guest.name, tell, stopped), name=f"headrace-{guest.name}", daemon=True)
+            narrator.start()
+            during.callback(narrator.join, _NARRATED_S)
+        for event in happenings(host.name, get(control_of(host.name).latest.remote())[1], stopped.is_set):
             tell(str(event))
-        _drain(service.name, drain_s, tell)
+        _drain(host.name, tell)
 
 
-def _begin(service: Service, has: Cluster, port: int, logs: str, tell: Tell, stopped: _Stop) -> str:
-    """Start control, doors and the first version; where they answer."""
-    name, face = service.name, service.face
+def _forget_guests(host: str) -> None:
+    """Those that came later end with their host, too."""
+    for one in place.known():
+        if one.behind == host:
+            place.forget(one)
+
+
+def _narrate(guest: str, tell: Tell, stopped: _Stop) -> None:
+    """Tell what happens to a guest. When nothing is heard of it any more, that is all there is to tell."""
+    with contextlib.suppress(RunError, ray.exceptions.RayError, ValueError):
+        for event in happenings(guest, get(control_of(guest).latest.remote())[1], stopped.is_set):
+            tell(f"{guest}: {event}")
+
+
+def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell: Tell, stopped: _Stop) -> Standing:
+    """Start control, doors and the first version of a service, and its guests."""
+    host, face = services[0], services[0].face
     url = face.url(port, compat.node_address())
     keys, ca = None if face.keys is None else str(face.keys.resolve()), None if face.tls is None else face.tls[0]
-    Charge.forget(name)  # what a service of this name left that was killed
-    _actor(Control, control_name(name), 1000).remote(Charge(name, service.limits, url, keys, ca, face.guarded))
-    listening = Listening(name, face.host, port, face.tls, logs if face.log else None, face.opening)
-    doors = [_actor(FrontDoor, door_name(name, number), 4).remote(listening, number) for number in range(face.doors)]
-    try:
+    charge = Charge(host.name, host.limits, url, keys, ca, face.guarded)
+    _control(charge)
+    listening = Listening(host.name, face.host, port, face.tls, logs if face.log else None, face.opening)
+    doors = [_actor(FrontDoor, door_name(host.name, number), 8).remote(listening, number) for number in range(face.doors)]
+    if face.opening is not None and face.opening.works:
+        doors.append(_actor(Backstage, door_name(host.name, BACKSTAGE), 8).remote(host.name, BACKSTAGE, face.opening))
+    with _ended_on_failure(services):
+        for guest in services[1:]:
+            _control(Charge(guest.name, guest.limits, url, ca=ca, behind=host.name))
         deployments.start_serve()
         get([door.listens.remote() for door in doors], timeout_s=_START_S)
-        Deployment(service.pipeline, name, service.limits, service.bounds, service.change, has).run(tell, stopped=stopped)
-    except StoppedError as error:
-        _end(name)
-        raise StoppedError(f"{name} was told to stop before it was ready") from error
-    except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt):
-        _end(name)
+        return _deploy(services, services, charge, has, tell, stopped)
+
+
+def _settle(services: Sequence[Service], has: Cluster, tell: Tell, stopped: _Stop) -> Standing:
+    """Bring versions of services to where the first one of them, or its host, runs; those that are new there, as guests."""
+    host = services[0].behind or services[0].name
+    charge: Charge = get(control_of(host).charged.remote())
+    running, new = _running(), []
+    for one in services:
+        if one.behind is None:
+            continue  # the next version of one that runs, whose place stays what it is
+        if charge.behind is not None:
+            raise ServingError(f"{host!r} has no doors of its own: it is behind {charge.behind!r}; say --behind {charge.behind}")
+        if one.name in running:
+            there = get(control_of(one.name).charged.remote()).behind
+            if there != host:
+                where = "with doors of its own" if there is None else f"behind {there!r}"
+                raise ServingError(f"service {one.name!r} runs already, {where}; stop it first, or give another --name")
+        elif not one.where.joins and place.find(one.name) is not None:
+            raise ServingError(f"service {one.name!r} runs already, on another Ray than {host!r}; stop it first, or give another --name")
+        else:
+            new.append(one)
+    with _ended_on_failure(new):
+        for one in new:
+            _control(Charge(one.name, one.limits, charge.url, ca=charge.ca, behind=host))
+        return _deploy(services, new, charge, has, tell, stopped)
+
+
+def _deploy(services: Sequence[Service], new: Sequence[Service], charge: Charge, has: Cluster, tell: Tell, stopped: _Stop) -> Standing:
+    """Bring all versions to where they answer."""
+    versions = [Deployment(one.pipeline, one.name, one.limits, one.bounds, one.change, has) for one in services]
+    run_together(versions, tell, over=stopped.is_set)
+    return Standing(tuple(services), tuple(new), charge.url, charge.service, charge.ca, charge.keys is not None or charge.guarded)
+
+
+def _announce(standing: Standing, tell: Tell, ready: Ready | None) -> None:
+    """Say what answers, and where."""
+    if ready is not None:
+        ready(standing)
+        return
+    for line in [line for one in standing.new for line in standing.told(one)]:
+        tell(line)
+
+
+@contextlib.contextmanager
+def _ended_on_failure(services: Sequence[Service]) -> Iterator[None]:
+    """If the block fails, nothing is left of these services."""
+    try:
+        yield
+    except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt) as error:
+        for one in reversed(services):
+            _end(one.name)
+        if isinstance(error, StoppedError) and services:
+            raise StoppedError(f"{listing(one.name for one in services)} was told to stop before it was ready") from error
         raise
-    key = " -H 'Authorization: Bearer hr_...'" if face.keys or face.guarded else ""
-    contract = openapi.contract(service.pipeline)
-    sample = shlex.quote(json.dumps(contract["sample"]))
-    tell(f"{name} answers at {url}/{service.pipeline.name} and is documented at {url}/docs")
-    tell(f"  curl {url}/{service.pipeline.name} -H 'Content-Type: application/json'{key} -d {sample}")
-    if face.opening is not None and (speech := contract.get("speech")):
-        asked = {"/v1/embeddings": {"input": "Good"}}.get(speech["paths"][0], {"messages": [{"role": "user", "content": "Hello"}]})
-        body = shlex.quote(json.dumps({"model": speech["model"], **asked}))
-        tell(f"{name} speaks OpenAI's interface at {url}/v1, as the model {speech['model']}")
-        tell(f"  curl {url}{speech['paths'][0]} -H 'Content-Type: application/json'{key} -d {body}")
-    return url
-
-
-def _update(service: Service, has: Cluster, tell: Tell, stopped: _Stop) -> None:
-    Deployment(service.pipeline, service.name, service.limits, service.bounds, service.change, has).run(tell, stopped=stopped)
 
 
 @contextlib.contextmanager
@@ -255,20 +278,40 @@ def _actor(kind: type, name: str, calls: int) -> Any:
     )
 
 
-def _drain(name: str, drain_s: float, tell: Tell) -> None:
-    """Let the doors finish what they have: no request is allowed more than `drain_s`."""
+def _control(charge: Charge) -> None:
+    """Start the control of a new service. What one of this name left that was killed is forgotten."""
+    Charge.forget(charge.service)
+    _actor(Control, control_name(charge.service), 1000).remote(charge)
+
+
+def _drain(name: str, tell: Tell) -> None:
+    """Let the doors finish what they have of a service, or of a guest: no request is allowed more than its deadline."""
     tell(f"{name} is ending: no more requests are taken, those under way are finished")
     with contextlib.suppress(RunError, ray.exceptions.RayError, ValueError):
+        control = control_of(name)
+        charge: Charge = get(control.charged.remote())
+        if charge.behind is not None:
+            get(control_of(charge.behind).unseat.remote(name))
+            drain_s = charge.limits.deadline_s
+            get([door.dismiss.remote(name, drain_s) for door in _doors(charge.behind)], timeout_s=drain_s + 5.0)
+            return
+        guests = [get(control_of(guest).charged.remote()) for guest in get(control.guests.remote())]
+        drain_s = max(one.limits.deadline_s for one in [charge, *guests])
         get([door.drain.remote(drain_s) for door in _doors(name)], timeout_s=drain_s + 5.0)
 
 
 def _end(name: str) -> None:
-    """End all of a service on a Ray that goes on."""
+    """End all of a service, and its guests, on a Ray that goes on."""
     deadline_s = time.monotonic() + _END_S
     actors = []
     with contextlib.suppress(RunError, ray.exceptions.RayError, ValueError):
         control = control_of(name)
         actors.append(control)
+        charge: Charge = get(control.charged.remote())
+        if charge.behind is not None:
+            get(control_of(charge.behind).unseat.remote(name))
+        for guest in get(control.guests.remote()):
+            _end(guest)
         get(control.command.remote("stop"))
         while not get(control.ended.remote()) and time.monotonic() < deadline_s:
             time.sleep(0.2)

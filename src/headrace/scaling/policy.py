@@ -45,8 +45,9 @@ class Scale:
 class Observation:
     """What is there at `at_s`, in seconds on any clock that goes on.
 
-    `in_flight` are the requests that replicas have taken and not answered, those queued there included (the sum of `wire.Stats.in_flight`), `waiting`
-    those that doors hold because there is no replica, `shed` those refused since the observation before, `ready` the replicas that are.
+    `in_flight` are the requests that replicas have taken and not answered, those queued there included (the sum of `wire.Stats.in_flight`, but for
+    background work), `waiting` those that doors hold because there is no replica, `shed` those refused since the observation before, `ready` the
+    replicas that are. `background` says whether there is work that nobody waits for: it keeps the last replica, and asks for no further one.
     """
 
     at_s: float
@@ -54,6 +55,7 @@ class Observation:
     waiting: float = 0.0
     shed: int = 0
     ready: int = 0
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def desired(scale: Scale, observation: Observation, state: State) -> tuple[int, 
     wanted = math.ceil(mean / scale.target_in_flight - 1e-9)
     if observation.shed:
         wanted = max(wanted, observation.ready + 1)
-    busy_s = now_s if load or observation.shed or state.busy_s is None else min(state.busy_s, now_s)
+    busy_s = now_s if load or observation.shed or observation.background or state.busy_s is None else min(state.busy_s, now_s)
     if not scale.least and now_s - busy_s >= scale.idle_s:
         return 0, State(loads, ((now_s, 0),), busy_s)
     wanted = min(max(wanted, scale.least, 1), scale.most)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from headrace.readings import GROWING
 from headrace.serving.routes import LATENCY_BOUNDS_S, DoorReport, VersionReport
 
 RECENT_S = 10.0
@@ -82,6 +83,7 @@ class Lately:
     def __init__(self) -> None:
         self._versions: dict[int, Recent] = {}
         self._hops: dict[tuple[int, str], Recent] = {}
+        self._paces: dict[int, Recent] = {}
         self._replicas = Recent(steady=True)  # a replica that starts anew has another name, and doors hear of one at different times
         self._stats: dict[str, Mapping[str, Any]] = {}
 
@@ -95,9 +97,14 @@ class Lately:
             self._stats |= door.replicas
             for group, latencies in door.hops.items():
                 self._hops.setdefault(group, Recent()).add(door.door, now_s, map(float, latencies))
+            for version, (first, gaps) in door.paces.items():
+                self._paces.setdefault(version, Recent()).add(door.door, now_s, map(float, (*first, *gaps)))
         self._hops = {group: hops for group, hops in self._hops.items() if group[0] in sums}
+        self._paces = {version: paces for version, paces in self._paces.items() if version in sums}
         for replica, stats in self._stats.items():
-            self._replicas.add(replica, now_s, [float(stats[name]) for name in ("rows", "calls", "filled")])
+            engine = stats.get("engine") or {}
+            counts = (*(stats[name] for name in ("rows", "calls", "filled")), *(engine.get(name, 0) for name in GROWING))
+            self._replicas.add(replica, now_s, map(float, counts))
 
     def version(self, version: int, *, now_s: float) -> dict[str, float | None]:
         """Of a version: what was counted per second, and within what time half of its requests and 99 % of them were answered; None while unknown."""
@@ -106,6 +113,14 @@ class Lately:
         figures = {f"{name}_per_s": round(sums[at] / over_s, 3) if known else None for at, name in enumerate(_COUNTED)}
         return figures | _quantiles(sums[len(_COUNTED) :])
 
+    def speech(self, version: int, *, now_s: float) -> dict[str, float | None] | None:
+        """Of a version that answers OpenAI's interface: the times to first tokens, and between tokens, of streamed answers; None of one that does not."""
+        if version not in self._paces:
+            return None
+        paces = self._paces[version].since(now_s)[0]
+        half = len(paces) // 2
+        return {f"{what}_{name}": value for what, counts in (("ttft", paces[:half]), ("itl", paces[half:])) for name, value in _quantiles(counts).items()}
+
     def group(self, version: int, group: str, replicas: Collection[str], *, now_s: float) -> dict[str, float | None]:
         """Of a group with these replicas: requests waiting in them, rows and calls per second, how full calls were, quantiles, and the most memory.
 
@@ -113,7 +128,7 @@ class Lately:
         """
         sums, over_s = self._replicas.since(now_s, sources=replicas)
         known = bool(sums) and over_s >= _FEWEST_S
-        rows, calls, filled = sums or (0.0, 0.0, 0.0)
+        rows, calls, filled, *grown = sums or [0.0] * (3 + len(GROWING))
         stats = [self._stats[replica] for replica in replicas if replica in self._stats]
         latencies = self._hops[version, group].since(now_s)[0] if (version, group) in self._hops else []
         return {
@@ -122,8 +137,24 @@ class Lately:
             "calls_per_s": round(calls / over_s, 3) if known else None,
             "fill": round(filled / calls, 4) if known and calls else None,
             "memory_bytes": max((one["memory_bytes"] for one in stats), default=None),
+            "engine": _engine([one["engine"] for one in stats if one.get("engine")], dict(zip(GROWING, grown, strict=True)), over_s if known else 0.0),
             **_quantiles(latencies),
         }
+
+
+def _engine(told: Sequence[Mapping[str, float]], grown: Mapping[str, float], over_s: float) -> dict[str, float | None] | None:
+    """The figures of engines together, and how they have grown over so many seconds, 0 where that is not known."""
+    if not told:
+        return None
+    rates = {"input_tokens_per_s": "prompt_tokens", "output_tokens_per_s": "generated_tokens", "preempted_per_s": "preempted"}
+    return {
+        "running": sum(one.get("running", 0) for one in told),
+        "waiting": sum(one.get("waiting", 0) for one in told),
+        "sequences": sum(one.get("sequences", 0) for one in told),
+        "kv_cache": max((one["kv_cache"] for one in told if "kv_cache" in one), default=None),
+        **{name: round(grown[what] / over_s, 3) if over_s else None for name, what in rates.items()},
+        "prefix_hits": round(grown["prefix_hits"] / grown["prefix_tokens"], 4) if over_s and grown["prefix_tokens"] else None,
+    }
 
 
 def _quantiles(latencies: Sequence[float]) -> dict[str, float | None]:

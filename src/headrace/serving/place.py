@@ -16,7 +16,8 @@ from headrace.errors import ServingError, listing, nearest
 class Place:
     """A service of this machine: the Ray that it runs on, the token that this Ray asks for, where it answers, and the process that started it.
 
-    That process lives as long as the service does; told to stop, it ends within `drain_s` and a little.
+    That process lives as long as the service does; told to stop, it ends within `drain_s` and a little. A service that is `behind` another one
+    is told by its name instead: the process is that one's.
     """
 
     service: str
@@ -26,6 +27,7 @@ class Place:
     drain_s: float
     pid: int
     born: str
+    behind: str = ""
 
     @property
     def lives(self) -> bool:
@@ -33,9 +35,9 @@ class Place:
         return self.born == _born(self.pid) != ""
 
 
-def here(service: str, *, address: str, token: str, url: str, drain_s: float) -> Place:
+def here(service: str, *, address: str, token: str, url: str, drain_s: float, behind: str = "") -> Place:
     """The place of a service that this process has started."""
-    return Place(service, address, token, url, drain_s, os.getpid(), _born(os.getpid()))
+    return Place(service, address, token, url, drain_s, os.getpid(), _born(os.getpid()), behind)
 
 
 def write(place: Place) -> None:

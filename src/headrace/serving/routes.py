@@ -68,13 +68,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """A service as its doors see it. `revision` grows with every change; `keys` are the hashes of valid API keys, None while none are asked for."""
+    """A service as its doors see it. `revision` grows with every change; `keys` are the hashes of valid API keys, None while none are asked for.
+
+    `guests` are the services that have no doors of their own, and are behind these.
+    """
 
     service: str
     revision: int
     versions: tuple[VersionRoute, ...]
     limits: Limits = Limits()
     keys: Mapping[str, str] | None = None  # SHA-256 of the key, in hex -> the key's name
+    guests: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -111,7 +115,8 @@ class DoorReport:
 
     `replicas` are the `wire.Stats` last heard of each replica, as maps; `hung` those that it has ejected because they no longer answer;
     `waiting` counts requests held because a group has no replica, by version and group; `metrics` is the door's own Prometheus text; `hops`
-    are the latencies of each version's groups, by `LATENCY_BOUNDS_S`.
+    are the latencies of each version's groups, and `paces` the times to first tokens and between tokens of each version that speaks, by
+    `LATENCY_BOUNDS_S`.
     """
 
     door: str
@@ -121,3 +126,4 @@ class DoorReport:
     waiting: dict[tuple[int, str], int] = field(default_factory=dict)
     metrics: str = ""
     hops: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    paces: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)

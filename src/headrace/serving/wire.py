@@ -60,7 +60,10 @@ class Kind(enum.IntEnum):
     READY = 24
     """Replica to door, in answer to OFFER: after this nothing comes until GO []."""
     SAID = 23
-    """Replica to door: the answer to ASK, or the end of one that was streamed or cancelled [status, and what `Said` has]."""
+    """Replica to door: the answer to ASK, or the end of one that was streamed or cancelled [status, and what `Said` has].
+
+    Of a stream that broke off by a fault of its own, the body says [code, message], as JSON.
+    """
 
 
 class Content(enum.IntEnum):
@@ -68,6 +71,10 @@ class Content(enum.IntEnum):
 
     JSON = 0
     ARROW = 1  # an Arrow IPC stream
+
+
+ROW_PATHS = {Content.JSON: "row", Content.ARROW: "row/arrow"}
+"""What a `Question` has in place of a path of OpenAI's interface if its body is one row, written so, whose text is to be streamed. See `bodies.events`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request of OpenAI's interface, as it is sent to a replica. `tokens` is what it may take of the engine's memory, prompt and answer together."""
+    """A request of OpenAI's interface, as it is sent to a replica. `tokens` is what it may take of the engine's memory, prompt and answer together.
+
+    Of a row (`ROW_PATHS`), `tokens` is what its prompt may take.
+    """
 
     path: str
     priority: int
@@ -108,7 +118,8 @@ class Said:
     """Of an answer to a `Question`: its HTTP status, tokens, and times as the replica saw them.
 
     `cached_tokens` are those of the prompt that the engine had computed before. `queue_s` is from arrival to the engine's first step with it,
-    `first_s` from arrival to the first token, `took_s` to the end.
+    `first_s` from arrival to the first token, `took_s` to the end; `gaps` are the seconds between tokens of what the replica wrote to the client
+    itself, as 32-bit floats.
     """
 
     status: int

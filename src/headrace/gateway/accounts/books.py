@@ -1,7 +1,8 @@
 """Reservations and bills, entered in transactions: what processes that share a database decide, they decide one after the other.
 
 A grant that is neither settled nor released within `grant_s` is settled as if all of its reservation had been used: a process that dies
-never makes a request free, and may make it dearer than it was. What it holds of a budget is bounded by the same time.
+never makes a request free, and may make it dearer than it was. What it holds of a budget is bounded by the same time. A grant under an id of the
+caller's own is given back then: whoever names requests keeps what they came to, and books it under that name however often processes die.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Books:
     Args:
         database: where they are kept.
         prices: what tokens cost; nothing by default.
-        grant_s: seconds after which a grant that nobody has settled is settled at its reservation.
+        grant_s: seconds after which a grant that nobody has settled ends.
         log_days: how long requests stay in the log.
         log_rows: how many of them do at most.
         clock: Unix time.
@@ -80,7 +81,7 @@ class Books:
             page.write()
         return results
 
-    def reserve(self, key: int, model: str, *, prompt_tokens: int, max_tokens: int, id: str | None = None) -> Grant | Refusal:
+    def reserve(self, key: int, model: str, *, prompt_tokens: int, max_tokens: int, id: str | None = None, paced: bool = True) -> Grant | Refusal:
         """Ask whether a request may run, and set aside what it may use at most.
 
         Args:
@@ -89,11 +90,12 @@ class Books:
             prompt_tokens: of the prompt, or a number that they cannot exceed.
             max_tokens: that the answer may have.
             id: an id of the caller's own, with a ':' in it. A grant that it has already is replaced.
+            paced: whether the limits per minute count.
 
         Raises:
             AccountsError: a value that is not allowed, or the database refuses.
         """
-        return cast("Grant | Refusal", self._one(reservation(key, model, prompt_tokens, max_tokens, id)))
+        return cast("Grant | Refusal", self._one(reservation(key, model, prompt_tokens, max_tokens, id, paced=paced)))
 
     def settle(self, grant: Grant, used: Used) -> bool:
         """Replace a reservation by what was used, and book it. False if it was settled, released or expired before.
@@ -124,7 +126,7 @@ class Books:
         return cast("bool", self._one(Book(id, key, model, used)))
 
     def sweep(self) -> int:
-        """Settle grants whose time is over, at their reservations, some hundreds at once; returns how many. There may be more unless it is 0.
+        """End grants whose time is over, some hundreds at once; returns how many. There may be more unless it is 0.
 
         Raises:
             AccountsError: the database refuses.
@@ -165,13 +167,13 @@ def _entered(page: Page, entry: Entry) -> Result | AccountsError:
         return error
 
 
-def reservation(key: int, model: str, prompt_tokens: int, max_tokens: int, own: str | None) -> Reserve:
+def reservation(key: int, model: str, prompt_tokens: int, max_tokens: int, own: str | None, *, paced: bool) -> Reserve:
     """The entry that asks for a grant, under an id of the caller's own if there is one.
 
     Raises:
         AccountsError: a value that is not allowed.
     """
     if own is None:
-        return Reserve(key, model, prompt_tokens, max_tokens)
+        return Reserve(key, model, prompt_tokens, max_tokens, paced=paced)
     check_id(own)
-    return Reserve(key, model, prompt_tokens, max_tokens, own)
+    return Reserve(key, model, prompt_tokens, max_tokens, own, paced)

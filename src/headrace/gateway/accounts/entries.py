@@ -53,13 +53,17 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Ask whether a request may run, and set aside what it may use at most: a `Grant` or a `Refusal`."""
+    """Ask whether a request may run, and set aside what it may use at most: a `Grant` or a `Refusal`.
+
+    One that is not `paced` is counted in no limit per minute, and held to none.
+    """
 
     key: int
     model: str
     prompt_tokens: int
     completion_tokens: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    paced: bool = True
 
     def __post_init__(self) -> None:
         _key(self.key)
@@ -100,7 +104,7 @@ class Book:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Settle a grant whose time is over at its reservation: whether that was done now."""
+    """End a grant whose time is over: whether that was done now. It is settled at its reservation; under an id of the caller's own it is given back."""
 
     id: str
     key: int

@@ -107,6 +107,15 @@ class Keys:
         with self.database.reading() as connection:
             return self._key(self._row(connection, name, revoked=revoked))
 
+    def number(self, name: str) -> int | None:
+        """The `id` of the key of that name, valid or not; None if there never was one.
+
+        Raises:
+            AccountsError: the database is out of reach.
+        """
+        with self.database.reading() as connection:
+            return cast("int | None", connection.scalar(sa.select(keys.c.id).where(keys.c.name == name)))
+
     def revoke(self, name: str) -> None:
         """Make a key invalid. From now on nothing is reserved for it; what was granted may be settled.
 
@@ -185,6 +194,10 @@ class Ring:
         """The key whose text was presented, or None. Takes the same time whatever the keys look like."""
         name = check(self._names, presented)
         return None if name is None else self._keys[name]
+
+    def named(self, name: str) -> Key | None:
+        """The key of that name, or None."""
+        return self._keys.get(name)
 
 
 def limits_of(row: Any) -> Limits:

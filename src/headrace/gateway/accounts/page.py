@@ -24,6 +24,8 @@ from headrace.gateway.accounts.window import Window
 
 Result = Grant | Refusal | bool
 
+_UNPACED = -1  # the second in which a request is counted that no limit per minute counts
+
 _Name = tuple[int, str]  # the number of a key, and an id: keys do not share ids
 
 _COUNTS = ("requests", "refused", "unpriced", "prompt_tokens", "cached_tokens", "completion_tokens", "nusd")
@@ -100,6 +102,8 @@ class Page:
                 held = self._open.get((key, name))
                 if held is None or held.expires > self.now:  # another process was first, or it was renewed
                     return False
+                if is_own(name):  # its caller knows what it came to, and books that
+                    return self._give_back((key, name))
                 return self._settle((key, name), Used(prompt_tokens=held.ask.prompt_tokens, completion_tokens=held.ask.completion_tokens, status=0))
 
     def write(self) -> None:
@@ -124,11 +128,13 @@ class Page:
         if (entry.key, entry.id) in self._booked:
             return Refusal("booked", f"the request {entry.id!r} was booked already", rates=meter.rates(limits, now))
         self._give_back((entry.key, entry.id))  # of an attempt before this one
+        if not entry.paced:
+            limits = replace(limits, requests_per_minute=None, tokens_per_minute=None)
         against = Refusal("revoked", "this key was revoked") if entry.key in self._revoked else refusal(limits, meter, ask, now=now)
         if against is not None:
             self._count(day, entry.key, "" if against.reason == "model" else ask.model, refused=1)
             return replace(against, rates=meter.rates(limits, now))
-        second = meter.window.admit(now, ask.tokens)
+        second = meter.window.admit(now, ask.tokens) if entry.paced else _UNPACED
         meter.pay(day, held_nusd=nusd)
         grant = Grant(entry.id, entry.key, ask, second, day, self.now + self._grant_s, meter.rates(limits, now))
         self._open[entry.key, entry.id] = grant

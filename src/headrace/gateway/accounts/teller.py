@@ -79,16 +79,23 @@ class Teller:
         Raises:
             AccountsError: the database cannot be asked.
         """
-        while time.monotonic() - self._looked_s >= KEYS_S:
-            if self._looking is None:  # one asks for all who come meanwhile
-                self._looking = self._put(None)
-                self._looking.add_done_callback(self._looked)
-            await asyncio.shield(self._looking)
-        return self._ring.find(presented)
+        return (await self._fresh()).find(presented)
 
-    async def reserve(self, key: int, model: str, *, prompt_tokens: int, max_tokens: int, id: str | None = None) -> Grant | Refusal:
+    async def named(self, name: str) -> Key | None:
+        """The valid key of that name, or None; as fresh as with `find`.
+
+        Raises:
+            AccountsError: the database cannot be asked.
+        """
+        return (await self._fresh()).named(name)
+
+    async def number(self, name: str) -> int | None:
+        """See `Keys.number`."""
+        return await asyncio.to_thread(self._keys.number, name)
+
+    async def reserve(self, key: int, model: str, *, prompt_tokens: int, max_tokens: int, id: str | None = None, paced: bool = True) -> Grant | Refusal:
         """See `Books.reserve`. If the task is cancelled while it waits, what was granted is given back."""
-        waiting = self._put(reservation(key, model, prompt_tokens, max_tokens, id))
+        waiting = self._put(reservation(key, model, prompt_tokens, max_tokens, id, paced=paced))
         try:
             return cast("Grant | Refusal", await waiting)
         except asyncio.CancelledError:
@@ -108,6 +115,17 @@ class Teller:
         """See `Books.book`. It is entered even if the task is cancelled while it waits."""
         return cast("bool", await self._put(Book(id, key, model, used)))
 
+    async def _fresh(self) -> Ring:
+        """The keys as they were within the last second."""
+        while time.monotonic() - self._looked_s >= KEYS_S:
+            looking = self._looking
+            if looking is None:  # one asks for all who come meanwhile
+                looking = self._looking = self._put(None)
+                looking.add_done_callback(self._looked)
+            await asyncio.shield(looking)
+            self._looked(looking)  # its callback may be still to come: a future that is done is not waited for, and this would go round for ever
+        return self._ring
+
     def _put(self, entry: Entry | None) -> asyncio.Future[Any]:
         if self._loop is None or self._closed:
             raise AccountsError("this teller is not open: use it inside `async with Teller(books) as teller`")
@@ -116,6 +134,8 @@ class Teller:
         return future
 
     def _looked(self, done: asyncio.Future[Any]) -> None:
+        if self._looking is not done:
+            return
         self._looking = None
         if not done.cancelled() and done.exception() is None:
             self._looked_s = time.monotonic()

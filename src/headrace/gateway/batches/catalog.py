@@ -34,7 +34,8 @@ CREATE TABLE batches (
 CREATE INDEX batches_of ON batches (owner, number);
 CREATE INDEX batches_live ON batches (number) WHERE live;
 CREATE TABLE unbooked (
-    batch TEXT NOT NULL, line INTEGER NOT NULL, input INTEGER NOT NULL, output INTEGER NOT NULL, cached INTEGER NOT NULL, reasoning INTEGER NOT NULL,
+    batch TEXT NOT NULL, line INTEGER NOT NULL, model TEXT NOT NULL, input INTEGER NOT NULL, output INTEGER NOT NULL, cached INTEGER NOT NULL,
+    reasoning INTEGER NOT NULL,
     PRIMARY KEY (batch, line)
 ) WITHOUT ROWID;
 """
@@ -183,16 +184,16 @@ class Catalog:
             database.execute("UPDATE batches SET progress = ? WHERE id = ?", (progress.dump(), name))
             database.execute("DELETE FROM unbooked WHERE batch = ?", (name,))
             rows = (
-                (name, charge.line, used.input_tokens, used.output_tokens, used.cached_tokens, used.reasoning_tokens)
+                (name, charge.line, charge.model, used.input_tokens, used.output_tokens, used.cached_tokens, used.reasoning_tokens)
                 for charge in charges
                 for used in [charge.usage]
             )
-            database.executemany("INSERT INTO unbooked VALUES (?, ?, ?, ?, ?, ?)", rows)
+            database.executemany("INSERT INTO unbooked VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def unbooked(self, batch: Batch) -> list[Charge]:
         """What a run had noted to book, and may have booked or not when it ended."""
-        found = self._read("SELECT line, input, output, cached, reasoning FROM unbooked WHERE batch = ?", (batch.id,))
-        return [Charge(batch.id, batch.owner, batch.model or "", line, Usage(*used)) for line, *used in found]
+        found = self._read("SELECT line, model, input, output, cached, reasoning FROM unbooked WHERE batch = ?", (batch.id,))
+        return [Charge(batch.id, batch.owner, model, line, Usage(*used)) for line, model, *used in found]
 
     def end(self, name: str, change: Change, files: Sequence[File]) -> Batch:
         """End a batch, and add the files of its results, in one step. All of it is booked. One that is over stays as it is."""

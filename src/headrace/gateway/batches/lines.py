@@ -29,12 +29,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The engine has answered; `usage` is what is to be booked, if anything."""
+    """The engine has answered; `usage` is what is to be booked, if anything, under `model`, by default the name that the batch has for it."""
 
     status: int
     body: bytes
     usage: Usage | None = None
     request_id: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,15 @@ class Lost:
     reason: str
 
 
-Outcome = Answered | Retry | Lost
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The line was not computed, and is not to come again."""
+
+    code: str
+    message: str
+
+
+Outcome = Answered | Retry | Lost | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +137,7 @@ def answer(line: Line, answered: Answered) -> Result | None:
         orjson.dumps(answered.request_id or name),
         body,
     )
-    charge = Charge(batch.id, batch.owner, batch.model or "", line.number, answered.usage) if answered.usage is not None else None
+    charge = Charge(batch.id, batch.owner, answered.model or batch.model or "", line.number, answered.usage) if answered.usage is not None else None
     return Result(line.number, text, good, charge)
 
 

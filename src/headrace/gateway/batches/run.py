@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from headrace.errors import StorageError
 from headrace.gateway.batches.gate import Gate
 from headrace.gateway.batches.limits import Limits
-from headrace.gateway.batches.lines import Answered, Line, Lines, Lost, Outcome, Result, Retry, answer, failure, open_line
+from headrace.gateway.batches.lines import Answered, Failed, Line, Lines, Lost, Outcome, Result, Retry, answer, failure, open_line
 from headrace.gateway.batches.records import Batch, Charge
 from headrace.gateway.batches.results import Results
 
@@ -133,8 +133,10 @@ class Run:
         self._held_bytes += len(result.text)
         self._arrived.set()
 
-    def _judge(self, line: Line, outcome: Answered | Lost, *, last: bool) -> Result | None:
+    def _judge(self, line: Line, outcome: Answered | Lost | Failed, *, last: bool) -> Result | None:
         """What an outcome makes of a line; None if it is to be tried again."""
+        if isinstance(outcome, Failed):
+            return failure(line, outcome.code, outcome.message)
         if isinstance(outcome, Answered):
             if outcome.status in _AGAIN and not last:
                 return None

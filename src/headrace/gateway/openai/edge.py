@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from headrace.gateway.openai import asked as asking
 from headrace.gateway.openai import refusals
-from headrace.gateway.openai.asked import Asked
-from headrace.gateway.openai.models import Models, length_of, speech
+from headrace.gateway.openai.models import Models, billed_as, length_of
+from headrace.gateway.openai.notes import Case, attributes, note
 from headrace.gateway.openai.refusals import Refused
-from headrace.gateway.openai.talk import Talk
 from headrace.gateway.openai.tills import Declined
 from headrace.serving.door import heads
-from headrace.serving.door.exchange import CLOSE
+from headrace.serving.door.exchange import CLOSE, too_large
 from headrace.serving.door.journey import EXPIRED, Journey
+from headrace.serving.door.talk import Talk, count
 from headrace.serving.wire import Content, Failure, Question, Said
-from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
+from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from headrace.serving.door.app import Door
     from headrace.serving.door.callers import Caller
     from headrace.serving.door.exchange import Exchange
-    from headrace.serving.door.fleet import Version
 
 _JSON = (b"content-type", heads.JSON_TYPE)
 _PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
@@ -39,29 +38,16 @@ _CLOSING = Failure(503, "unavailable", "the service shuts down")
 _NO_BATCHES = Failure(404, "not_found", "this service keeps no files and runs no batches: it was started without a folder for them")
 
 
-@dataclass(slots=True)
-class Case:
-    """A request for an answer of a model: who asks, what, of which version; and what became of it."""
-
-    exchange: Exchange
-    path: str
-    caller: Caller
-    priority: int
-    asked: Asked | None = None
-    version: Version | None = None
-    talk: Talk | None = None
-    journey: Journey | None = None
-    failure: Failure | None = None
-    body: bytes = b""
-
-
 class Edge:
-    """Answers all paths below `/v1/`. `till` keeps limits and accounts, if there are any; `files` are files and batches, if they are kept."""
+    """Answers all paths below `/v1/`, for all services behind the address whose door this is: the model's name says whose a request is.
+
+    `till` keeps limits and accounts, if there are any; `files` are files and batches, if they are kept.
+    """
 
     def __init__(self, door: Door, *, till: Till | None = None, files: Files | None = None, during: AsyncExitStack | None = None) -> None:
         self.door = door
         self._during = during
-        self.models = Models(door.fleet)
+        self.models = Models(door.lobby.fleets)
         self.till = till
         self.files = files
 
@@ -94,7 +80,7 @@ class Edge:
     async def _show_models(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
         if method not in ("GET", "HEAD"):
             raise Refused(f"{method[:20]} is not allowed here", status=405, code="method_not_allowed")
-        name = unquote(path.removeprefix("/v1/models").lstrip("/"))
+        name = path.removeprefix("/v1/models").lstrip("/")
         allowed = caller.models
         if name and allowed is not None and name not in allowed:
             raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
@@ -106,11 +92,13 @@ class Edge:
         head = heads.read(exchange.found)
         if head.content is not Content.JSON:
             raise Refused("the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type")
-        limits = self.door.limits
-        left_s = limits.deadline_s if head.timeout_s is None else min(limits.deadline_s, head.timeout_s)
-        deadline = exchange.began + left_s
-        case = Case(exchange, path, caller, max(caller.priority, head.priority if b"x-priority" in exchange.found else 0))
-        body = await exchange.body(length=head.length, most_bytes=limits.body_bytes, until=exchange.began + limits.body_s, expires=deadline)
+        bounds = [door.limits for door in self.door.lobby.doors]  # only the body says which of them hold
+        left_s = min(math.inf if head.timeout_s is None else head.timeout_s, max(limits.deadline_s for limits in bounds))
+        case = Case(exchange, path, caller, max(caller.priority, head.priority if b"x-priority" in exchange.found else 0), self.door)
+        whole = exchange.whole
+        most_bytes, body_s = max(limits.body_bytes for limits in bounds), self.door.limits.body_s
+        body = await exchange.body(length=head.length, most_bytes=most_bytes, until=exchange.began + body_s, expires=exchange.began + left_s)
+        case.read_s = exchange.began if whole else self.door.now()
         try:
             if self.door.closing:
                 case.failure = _CLOSING
@@ -119,35 +107,47 @@ class Edge:
             elif left_s <= 0:
                 case.failure = EXPIRED
             else:
-                await self._converse(case, body, head, deadline)
+                await self._converse(case, body, head)
         except Refused as refused:
             case.failure = refused.failure
         if case.failure is not None and not (case.talk is not None and case.talk.begun):
-            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if case.failure.status in (429, 503) else ()
+            waits = case.failure.status in (429, 503) and not case.declined
+            more = ((b"retry-after", b"%d" % (case.version.retry_after_s() if case.version else 1)),) if waits else ()
             await self._refuse(exchange, case.failure, *more)
-        self._note(case)
+        note(case)
 
-    async def _converse(self, case: Case, body: bytes, head: heads.Head, deadline: float) -> None:
-        """Ask a replica, and pass its answer on."""
+    async def _converse(self, case: Case, body: bytes, head: heads.Head) -> None:
+        """Find out who is asked, and have them answer."""
         found = asking.parse(body)
-        name = asking.model_of(found)
-        case.version = version = self.models.choose(name, case.path, head.version)
+        version = self.models.choose(asking.model_of(found), case.path, head.version)
+        case.version, case.door = version, self.door.lobby.of(version)
+        limits = case.door.limits
+        if len(body) > limits.body_bytes:
+            case.failure = too_large(limits.body_bytes)
+            return
+        deadline = case.exchange.began + min(limits.deadline_s, math.inf if head.timeout_s is None else head.timeout_s)
+        with contextlib.nullcontext() if case.door is self.door else case.door.turnstile.passing():
+            await self._put(case, found, body, head, deadline)
+
+    async def _put(self, case: Case, found: dict[str, Any], body: bytes, head: heads.Head, deadline: float) -> None:
+        """Ask a replica within the limits of the key, and pass its answer on."""
+        version, name = case.version, found["model"]
+        assert version is not None
         length = length_of(version)
         case.asked = asked = asking.read(case.path, body, found, length=length)
         case.body = body
-        answered = asked.completion_tokens if asked.completion_tokens is not None else length
-        question = Question(case.path, case.priority, asked.prompt_tokens + (0 if case.path == EMBEDDINGS else answered))
+        completion = asked.answer_tokens(case.path, length)
+        question = Question(case.path, case.priority, asked.prompt_tokens + completion)
         if self.till is None or case.caller.account is None:
             await self._carry(case, question, head, deadline)
             return
-        model = name if case.caller.models is not None and name in case.caller.models else speech(version)["model"]
-        completion = 0 if case.path == EMBEDDINGS else answered
+        model = billed_as(name, version, case.caller.models)
         admitted = await self.till.admit(case.caller, model, prompt_tokens=asked.most_prompt_tokens, completion_tokens=completion)
         if isinstance(admitted, Declined) and admitted.tight and (exact := await self._count(case, head, deadline)) is not None:
             admitted = await self.till.admit(case.caller, model, prompt_tokens=exact, completion_tokens=completion)
         case.exchange.also(admitted.headers)
         if isinstance(admitted, Declined):
-            case.failure = admitted.failure
+            case.failure, case.declined = admitted.failure, True  # with headers that say when to come back
             return
         try:
             await self._carry(case, question, head, deadline)
@@ -158,27 +158,22 @@ class Edge:
     async def _count(self, case: Case, head: heads.Head, deadline: float) -> int | None:
         """How many tokens the prompt has exactly, as a replica counts it; None where it cannot be asked."""
         assert case.version is not None
-        counting = Talk(Question(TOKENIZE, 0, 0), case.exchange)
-        journey = self._journey(case, head, deadline)
-        outcome = await journey.ask(case.version.pools[-1], case.body, counting)
-        if isinstance(outcome, Failure) or outcome[0].status != 200:
-            return None
-        return int(orjson.loads(outcome[1])["count"])
+        return await count(self._journey(case, head, deadline), case.version.pools[-1], case.body)
 
     def _journey(self, case: Case, head: heads.Head, deadline: float) -> Journey:
         """A request on its way, with its span where traces are on."""
-        traces, request_id = self.door.traces, case.exchange.request_id
+        traces, request_id = case.door.traces, case.exchange.request_id
         prefix = None if case.asked is None else case.asked.prefix
         if traces is None:
             return Journey(deadline, case.priority, head.trace, request_id=request_id, prefix=prefix)
-        span = traces.begin(head.trace, f"POST {case.path}", attributes={"http.request.method": "POST", "http.route": case.path})
+        span = traces.begin(head.trace, f"POST {case.path}", attributes=attributes(case.path, case.asked))
         return Journey(deadline, case.priority, span.traceparent, span, request_id, prefix)
 
     async def _carry(self, case: Case, question: Question, head: heads.Head, deadline: float) -> None:
         version, exchange = case.version, case.exchange
         assert version is not None
         case.journey = journey = self._journey(case, head, deadline)
-        talk = case.talk = Talk(question, exchange)
+        talk = case.talk = Talk(question, exchange, broken=refusals.last, spoken=case.door.metrics.spoken(version.number))
         version.report.in_flight += 1
         number = (b"x-headrace-version", b"%d" % version.number)
         try:
@@ -201,49 +196,6 @@ class Edge:
             exchange.status = failure.status
         else:
             await exchange.reply(failure.status, refusals.error(failure), _JSON, *more, *close)
-
-    def _note(self, case: Case) -> None:
-        """Count a request that was answered, write the line of the log, and end the span."""
-        door, exchange, version, talk = self.door, case.exchange, case.version, case.talk
-        status, number = exchange.status, version.number if version is not None else 0
-        error = case.failure.code if case.failure is not None else None
-        if talk is not None and talk.begun and case.failure is not None:
-            status = case.failure.status  # what the client was told in the stream
-        took_s = door.now() - exchange.began
-        if version is not None:
-            version.count(status, took_s)
-        if status < 300:
-            door.retries.earn()
-        elif status in (429, 503):
-            door.metrics.shed("overloaded" if status == 429 else "unavailable")
-        elif status == 504:
-            door.metrics.expired()
-        door.metrics.answered(number, status, took_s, key=case.caller.name)
-        journey, said = case.journey, talk.said if talk is not None else None
-        span = journey.span if journey is not None else None
-        if span is not None:
-            span.end(status, error, version=number or None)
-        if door.log is not None:
-            door.log.request(
-                request_id=exchange.request_id,
-                method="POST",
-                path=case.path,
-                status=status,
-                error=error,
-                took_ms=took_s * 1e3,
-                first_ms=talk.first_s * 1e3 if talk is not None and talk.first_s is not None else None,
-                version=number or None,
-                model=case.asked.model if case.asked is not None else None,
-                prompt_tokens=said.prompt_tokens if said is not None else None,
-                cached_tokens=said.cached_tokens if said is not None else None,
-                completion_tokens=said.completion_tokens if said is not None else None,
-                bytes_in=exchange.bytes_in,
-                bytes_out=exchange.bytes_out,
-                key=case.caller.name,
-                attempts=1 + (journey.retries if journey is not None else 0),
-                trace_id=span.trace_id if span is not None else None,
-                asked=case.body.decode("utf-8", "replace") if case.caller.logged else None,
-            )
 
 
 def _timing(said: Said) -> tuple[bytes, bytes]:

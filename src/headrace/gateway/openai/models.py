@@ -1,8 +1,8 @@
-"""The models of a door: which versions answer under which name."""
+"""The models behind an address: which versions of which service answer under which name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from headrace.gateway.openai.refusals import Refused
@@ -13,23 +13,22 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """The models that a fleet's versions speak for.
+    """The models that the versions of some services speak for; `fleets` gives those that there are now, one for each service.
 
     A model answers to its own name, and its pipeline's name is an alias for whatever model the service's versions have: during a canary, of
     the old one and the new one by their shares.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._revision: int | None = None
+    def __init__(self, fleets: Callable[[], Iterable[Fleet]]) -> None:
+        self._fleets = fleets
+        self._revisions: tuple[tuple[str, int], ...] = ()
         self._mixes: dict[str, Mix] = {}
 
     def mixes(self) -> dict[str, Mix]:
         """The versions by name, aliases last."""
-        routes = self._fleet.routes
-        revision = None if routes is None else routes.revision
-        if revision != self._revision:
-            self._revision = revision
+        revisions = tuple((fleet.routes.service, fleet.routes.revision) for fleet in self._fleets() if fleet.routes is not None)
+        if revisions != self._revisions:
+            self._revisions = revisions
             self._mixes = self._found()
         return self._mixes
 
@@ -41,8 +40,7 @@ class Models:
         """
         mix = self.mixes().get(name)
         if mix is None:
-            names = ", ".join(map(repr, self.mixes())) or "none yet"
-            raise Refused(f"the model {name[:100]!r} does not exist; there are {names}", "model", status=404, code="model_not_found")
+            raise self._unknown(name)
         version = mix.versions.get(number) if number is not None else mix.choose()
         if version is None:
             what = "no version of it answers requests at the moment" if number is None else f"version {number} is not served"
@@ -58,7 +56,7 @@ class Models:
         Raises:
             Refused: none answers, as while the first version starts.
         """
-        if not self.mixes() and self._fleet.versions:
+        if not self.mixes() and all(fleet.versions for fleet in self._fleets()):
             raise Refused("no pipeline of this service is a language model", status=404, code="not_found")
         if not any(mix.weighted for mix in self.mixes().values()):
             raise Refused("no model answers requests at the moment", status=503, code="unavailable")
@@ -73,22 +71,42 @@ class Models:
             Refused: there is none of that name.
         """
         if (mix := self.mixes().get(name)) is None:
-            raise Refused(f"the model {name[:100]!r} does not exist", "model", status=404, code="model_not_found")
+            raise self._unknown(name)
         roots = sorted({speech(version)["model"] for version in mix.versions.values()})
         length = max((length_of(version) for version in mix.versions.values()), default=0)
         more = {"max_model_len": length} if length else {}
-        return {"id": name, "object": "model", "created": 0, "owned_by": self._fleet.routes.service if self._fleet.routes else "", "root": roots[-1], **more}
+        owner = next(iter(mix.versions.values())).service
+        return {"id": name, "object": "model", "created": 0, "owned_by": owner, "root": roots[-1], **more}
 
     def _found(self) -> dict[str, Mix]:
-        speaking = [version for version in self._fleet.versions.values() if speech(version)]
-        names = dict.fromkeys([speech(version)["model"] for version in speaking] + [version.pipeline for version in speaking])
-        return {name: Mix([version for version in speaking if name in (speech(version)["model"], version.pipeline)]) for name in names}
+        """Services have no name in common, see `serving.release.guests`; else the first one's counts."""
+        models: dict[str, Mix] = {}
+        aliases: dict[str, Mix] = {}
+        for fleet in self._fleets():
+            speaking = [version for version in fleet.versions.values() if speech(version)]
+            mine = [version.pipeline for version in speaking], [speech(version)["model"] for version in speaking]
+            for known, names in zip((aliases, models), mine, strict=True):
+                for name in names:
+                    known.setdefault(name, Mix([version for version in speaking if name in (speech(version)["model"], version.pipeline)]))
+        return {**models, **{name: mix for name, mix in aliases.items() if name not in models}}
+
+    def _unknown(self, name: str) -> Refused:
+        if any(fleet.routes is None for fleet in self._fleets()):
+            return Refused("the service starts, and not all of its models are known yet", "model", status=503, code="unavailable")
+        names = ", ".join(map(repr, self.mixes())) or "none yet"
+        return Refused(f"the model {name[:100]!r} does not exist; there are {names}", "model", status=404, code="model_not_found")
 
 
 def speech(version: Version) -> dict[str, Any]:
     """What a version's contract says of the model that it speaks for; nothing if it does not."""
     found: dict[str, Any] = version.route.contract.get("speech") or {}
     return found
+
+
+def billed_as(name: str, version: Version, allowed: Iterable[str] | None) -> str:
+    """The model that a request is booked under which asked for `name`: the version's own, unless that name is one that the key was `allowed`."""
+    own: str = speech(version)["model"]
+    return name if allowed is not None and name in allowed else own
 
 
 def length_of(version: Version) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headrace.gateway.accounts.books import Books
     from headrace.gateway.batches.depot import Depot
+    from headrace.gateway.openai.tills import Till
     from headrace.serving.door.app import Door
+    from headrace.serving.door.side import SideDoor
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What the doors of a service open. Each process that has it opens everything for itself.
+    """What the doors of a service open, and its work in the background. Each process that has it opens everything for itself.
 
     Attributes:
         accounts: the SQLite file or the URL of the PostgreSQL with keys, limits and usage; without, no limits are kept.
@@ -37,14 +40,8 @@ class Opening:
         from headrace.gateway.openai.edge import Edge
 
         async with contextlib.AsyncExitStack() as during:
-            till = files = None
-            if (books := self.books()) is not None:
-                from headrace.gateway.accounts.teller import Teller
-                from headrace.gateway.openai.tills import Till
-
-                during.callback(books.database.close)
-                till = Till(await during.enter_async_context(Teller(books)))
-                during.push_async_callback(till.close)
+            files = None
+            if (till := await self._till(during)) is not None:
                 door.doorman = till.doorman
             if (depot := self.depot()) is not None:
                 from headrace.gateway.openai.files import Files
@@ -52,6 +49,39 @@ class Opening:
                 files = Files(depot)
                 during.push_async_callback(files.close)
             door.edge = Edge(door, till=till, files=files, during=during.pop_all())
+
+    @property
+    def works(self) -> bool:
+        """Whether there are batches to run."""
+        return self.folder is not None
+
+    async def work(self, door: SideDoor, stopping: asyncio.Event) -> None:
+        """Run batches through a door until `stopping` is set; lines at replicas then have a grace, and the rest is left to who comes next.
+
+        Raises:
+            AccountsError, StorageError: accounts, prices or folder cannot be used.
+        """
+        from headrace.gateway.batches.worker import Worker
+        from headrace.gateway.openai.background import Background
+
+        async with contextlib.AsyncExitStack() as during:
+            depot = self.depot()
+            assert depot is not None
+            during.push_async_callback(asyncio.to_thread, depot.close)
+            background = Background(door, till=await self._till(during))
+            await Worker(depot, send=background.send, book=background.book, slots=background.slots).run(stopping)
+
+    async def _till(self, during: contextlib.AsyncExitStack) -> Till | None:
+        """The till of the accounts, if there are any, closed at the end."""
+        if (books := self.books()) is None:
+            return None
+        from headrace.gateway.accounts.teller import Teller
+        from headrace.gateway.openai.tills import Till
+
+        during.callback(books.database.close)
+        till = Till(await during.enter_async_context(Teller(books)))
+        during.push_async_callback(till.close)
+        return till
 
     def books(self) -> Books | None:
         """The books of the accounts, if there are any."""

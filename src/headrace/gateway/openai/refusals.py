@@ -31,6 +31,6 @@ def error(failure: Failure) -> bytes:
     return orjson.dumps({"error": said})
 
 
-def event(failure: Failure) -> bytes:
-    """The same as the last event of a stream that had begun."""
-    return b"data: " + error(failure) + b"\n\n"
+def last(failure: Failure) -> bytes:
+    """The same as the end of a stream that had begun."""
+    return b"data: " + error(failure) + b"\n\ndata: [DONE]\n\n"

@@ -18,7 +18,7 @@ from headrace.serving.wire import Failure, Said
 if TYPE_CHECKING:
     from headrace.gateway.accounts.keys import Key
     from headrace.gateway.accounts.teller import Teller
-    from headrace.gateway.openai.talk import Talk
+    from headrace.serving.door.talk import Talk
 
 AWAY = Failure(503, "unavailable", "the accounts cannot be asked at the moment")
 
@@ -67,13 +67,17 @@ class Till:
         try:
             result = await self.teller.reserve(caller.account, model, prompt_tokens=prompt_tokens, max_tokens=completion_tokens)
         except AccountsError:
-            return Declined(AWAY, (), tight=False)
+            return Declined(AWAY, ((b"retry-after", b"1"),), tight=False)
         rates = tuple((name.encode(), value.encode()) for name, value in result.rates.headers().items())
         return Admitted(result, rates) if isinstance(result, Grant) else _declined(result, rates)
 
     def settle(self, admitted: Admitted, talk: Talk | None, *, status: int, took_s: float) -> None:
         """Book what a request has come to; done in the background, and by `close` at the latest."""
         self._start(self._settle(admitted.grant, talk, status, took_s))
+
+    def give_back(self, grant: Grant) -> None:
+        """Undo a reservation of which nothing was used; done in the background, and by `close` at the latest."""
+        self._start(self._give_back(grant))
 
     async def close(self) -> None:
         """Wait until all is booked."""
@@ -97,6 +101,9 @@ class Till:
             took_s=took_s,
         )
         await self.teller.settle(grant, used)
+
+    async def _give_back(self, grant: Grant) -> None:
+        await self.teller.release(grant)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -48,6 +48,7 @@ def page(document: Mapping[str, Any]) -> str:
     info, parts = document["info"], document["components"]["schemas"]
     keys = "securitySchemes" in document["components"]
     path, asked = next((path, operations["post"]) for path, operations in document["paths"].items() if "post" in operations)
+    answers = asked["responses"]["200"]["content"]
     style = importlib.resources.files("headrace.serving.bodies").joinpath("docs.css").read_text(encoding="utf-8")
     body = [
         f"<h1>{_safe(info['title'])}</h1>",
@@ -63,6 +64,7 @@ def page(document: Mapping[str, Any]) -> str:
         "<h2>Bodies</h2>",
         _table(("Content-Type", "Request", "Answer"), _bodies(asked)),
         "<p>An answer is of the request's own type; <code>Accept: application/vnd.apache.arrow.stream</code> gives Arrow back for JSON, too.</p>",
+        *(f"<p>{_prose(answer['schema']['description'])}</p>" for media, answer in answers.items() if media == "text/event-stream"),
         "<h2>Headers of a request</h2>",
         _table(("Header", "Meaning"), [(_code(one["name"]), _prose(one["description"])) for one in asked["parameters"]]),
         *([_table(("Key", "Meaning"), _keys(document))] if keys else []),
@@ -222,5 +224,7 @@ def _failures(document: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterable
 
 def _paths(document: Mapping[str, Any], path: str) -> Iterable[tuple[str, str]]:
     for other, operations in document["paths"].items():
-        if other != path:
+        if "post" in operations and other != path:
+            yield f"POST {_code(other)}", _text(operations["post"]["summary"])
+        elif "get" in operations and "{" not in other:
             yield f'<a href="{_text(other)}">{_safe(other)}</a>', _text(operations["get"]["summary"])

@@ -10,15 +10,17 @@ import orjson
 from headrace.arrays import table
 from headrace.columns import ColumnType
 from headrace.pipeline import Pipeline
+from headrace.serving.bodies import openai
 from headrace.serving.bodies.codec import Codec, sample
 from headrace.serving.bodies.docs import page
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content
-from headrace.speech import Speech
+from headrace.speech import Speech, Writing
 
 __all__ = ["contract", "document", "page", "schema"]
 
 JSON, ARROW, NDJSON = "application/json", "application/vnd.apache.arrow.stream", "application/x-ndjson"
+EVENTS = "text/event-stream"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _CODES = {  # of errors, with the status and the words that explain it
     "bad_header": (400, "A header has a value that it cannot have."),
@@ -27,6 +29,7 @@ _CODES = {  # of errors, with the status and the words that explain it
     "unauthorized": (401, "A key is missing or not valid."),
     "not_found": (404, "There is no such pipeline or path."),
     "method_not_allowed": (405, "The path takes another method."),
+    "not_acceptable": (406, "There is no answer of the type that is asked for: `text/event-stream` of rows that no language model writes, or of several."),
     "timeout_reading": (408, "The body did not arrive in time."),
     "too_large": (413, "The body has too many bytes or too many rows."),
     "unsupported_media_type": (415, "The body is of a type that is not understood."),
@@ -37,14 +40,15 @@ _CODES = {  # of errors, with the status and the words that explain it
     "unavailable": (503, "Nothing is there to compute the request now."),
     "deadline_exceeded": (504, "The deadline passed before there was an answer."),
 }
-_TAKES_ROWS = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+_TAKES_ROWS = (400, 401, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 def contract(pipeline: Pipeline) -> dict[str, Any]:
     """What a pipeline reads and writes, of JSON values alone: for each column its JSON schema, and its type under the key `headrace`.
 
     `required` names the columns that a row must have, and `sample` is a made-up row as a body holds it. A pipeline that is one language model
-    and nothing else has `speech`: the `model`'s name, and the `paths` of OpenAI's interface that it answers.
+    and nothing else has `speech`: the `model`'s name, and the `paths` of OpenAI's interface that it answers. One whose last stage is a language model
+    that writes text has `streams`: the column whose text is sent as it is written to who asks for that.
     """
     made_up = Codec({}, pipeline.inputs, rows=1).encode(table([sample(pipeline.inputs)], pipeline.inputs), [(0, 1, True, Content.JSON)])
     return {
@@ -54,6 +58,7 @@ def contract(pipeline: Pipeline) -> dict[str, Any]:
         "required": [name for name, column in pipeline.inputs.items() if not column.optional],
         "sample": orjson.loads(made_up[0]),
         **_speech(pipeline),
+        **_streams(pipeline),
     }
 
 
@@ -63,6 +68,12 @@ def _speech(pipeline: Pipeline) -> dict[str, Any]:
         return {}
     speech: Speech = speaks[0]()
     return {"speech": {"model": speech.model, "paths": list(speech.paths)}}
+
+
+def _streams(pipeline: Pipeline) -> dict[str, str]:
+    last: Any = pipeline.stages[-1].call
+    writing: Writing | None = last.writing() if hasattr(last, "speaks") and hasattr(last, "writing") else None
+    return {"streams": writing.column} if writing is not None and writing.column in pipeline.outputs else {}
 
 
 def _described(column: ColumnType) -> dict[str, Any]:
@@ -117,6 +128,10 @@ def document(contract: Mapping[str, Any], limits: Limits, *, keys: bool) -> dict
             "responses": {str(status): _failure(status) for status in sorted({status for status, _ in _CODES.values()})},
         },
     }
+    if (speech := contract.get("speech")) is not None:
+        made["paths"] |= openai.paths(speech)
+        made["components"]["schemas"] |= openai.schemas(speech, name)
+        made["components"]["responses"] |= openai.responses()
     if keys:
         made["security"] = [{"bearer": []}, {"header": []}]
         made["components"]["securitySchemes"] = {
@@ -209,11 +224,23 @@ def _post(contract: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
             "200": {
                 "description": "One answer for one row, or several in order.",
                 "headers": {name: _ref("headers", name) for name in ("X-Request-ID", "X-Headrace-Version")},
-                "content": {JSON: {"schema": answers}, ARROW: {}, NDJSON: {"schema": lines}},
+                "content": {JSON: {"schema": answers}, ARROW: {}, NDJSON: {"schema": lines}, **_events(contract)},
             },
             **{str(status): _ref("responses", str(status)) for status in _TAKES_ROWS},
         },
     }
+
+
+def _events(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an answer that is sent as it is written."""
+    if not (column := contract.get("streams")):
+        return {}
+    piece, row = f'{{"column": "{column}", "text": "a piece"}}', "the whole row, as it is answered in JSON"
+    text = (
+        f"With `Accept: {EVENTS}`, the answer to one row as it is written: `event: text` with `data: {piece}` as often as there are pieces of `{column}`, "
+        f"then `event: row` with {row}, or if there is none `event: error` with its `code` and `message`."
+    )
+    return {EVENTS: {"schema": {"type": "string", "description": text}}}
 
 
 def _parameters(limits: Limits) -> list[dict[str, Any]]:
@@ -260,4 +287,5 @@ def _drop_unauthorized(made: dict[str, Any]) -> None:
     for operations in made["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("401", None)
+    made["components"]["responses"].pop("OpenAI401", None)
     del made["components"]["responses"]["401"], made["components"]["headers"]["WWW-Authenticate"]

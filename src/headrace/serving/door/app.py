@@ -14,10 +14,12 @@ from headrace.serving.door import heads
 from headrace.serving.door.callers import ANYBODY, Caller, Doorman, admitted
 from headrace.serving.door.exchange import CLOSE, Exchange, Memory, Message, Receive, Send
 from headrace.serving.door.fleet import Fleet
+from headrace.serving.door.lobby import Lobby
 from headrace.serving.door.pairs import Mirror
 from headrace.serving.door.retries import AskWords, Retries
 from headrace.serving.door.routing import Pool
 from headrace.serving.door.rows import Rows
+from headrace.serving.door.turnstile import Turnstile
 from headrace.serving.door.views import OPEN, Views
 from headrace.serving.routes import DoorReport, Limits, Routes
 from headrace.serving.watch.metrics import DoorMetrics
@@ -53,17 +55,19 @@ class Door:
     `peers` are the Prometheus texts of the other doors, `snapshot` is what `/status` says beside this door's own figures, `traces` where
     spans go, if anywhere, `connections` how many clients are connected, of `most_connections` that this process can have, and `leaving` whether new ones
     are better taken elsewhere, `edge` what answers below `/v1/`, and `doorman` who knows keys beside those of the routes; whoever runs the
-    door sets them.
+    door sets them. `lobby` has the doors of other services behind the same address; one of those is made as a `guest`.
     """
 
-    def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None) -> None:
+    def __init__(self, service: str, *, name: str = "0", ask_words: AskWords | None = None, log: AccessLog | None = None, guest: bool = False) -> None:
         self.service = service
         self.name = name
         self.log = log
         self.traces: Traces | None = None
         self.edge: Edge | None = None
         self.doorman: Doorman | None = None
-        self.metrics = DoorMetrics(service, name)
+        self.lobby: Lobby[Door] = Lobby(self, lambda guest: Door(guest, name=name, ask_words=ask_words, guest=True))
+        self.turnstile = Turnstile()
+        self.metrics = DoorMetrics(service, name, process=not guest)
         self.retries = Retries(ask_words=ask_words, retried=self._retried)
         self.fleet = Fleet(retries=self.retries, answered=self._answered)
         self.mirror = Mirror(paired=self.metrics.paired)
@@ -75,8 +79,6 @@ class Door:
         self.snapshot: dict[str, Any] = {}
         self._rows = Rows(self)
         self._views = Views(self)
-        self._under_way = 0
-        self._idle: asyncio.Future[None] | None = None
         self._prefix = os.urandom(10).hex()
         self._number = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,9 +113,21 @@ class Door:
         """What control is to know."""
         fleet = self.fleet
         self._gauge()
+        metrics = self.metrics
         return DoorReport(
-            self.name, fleet.reports(), fleet.replicas(), fleet.hung(), fleet.waiting(), metrics=self.metrics.text().decode(), hops=self.metrics.hops()
+            self.name,
+            fleet.reports(),
+            fleet.replicas(),
+            fleet.hung(),
+            fleet.waiting(),
+            metrics=metrics.text().decode(),
+            hops=metrics.hops(),
+            paces=metrics.paces(),
         )
+
+    def told(self, peers: list[str], snapshot: dict[str, Any]) -> None:
+        """Take what control answers to a report: the Prometheus texts of the other doors, and what `/status` says of the whole service."""
+        self.peers, self.snapshot = peers, snapshot
 
     def status(self) -> dict[str, Any]:
         """What `/status` answers: what the snapshot says of the whole service, and this door's own figures."""
@@ -123,8 +137,10 @@ class Door:
             del counts["latencies"]
             groups = [{"name": pool.group, "ready": len(pool.usable), "waiting": pool.waiting()} for pool in version.pools]
             versions.append({"version": number, "weight": version.route.weight, "shadow": version.route.shadow, "counts": counts, "groups": groups})
-        door = {"name": self.name, "in_flight": self._under_way, "connections": self.connections, "held_bytes": self.memory.held_bytes}
-        return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, "door": door}
+        door = {"name": self.name, "in_flight": self.turnstile.inside, "connections": self.connections, "held_bytes": self.memory.held_bytes}
+        guests = [guest.status() for guest in self.lobby.guests.values()]
+        mine = {"door": door, **({"guests": guests} if guests else {})}
+        return {"service": self.service, "versions": versions, "doors": [{"name": self.name, "silent_s": 0.0}], **self.snapshot, **mine}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
@@ -137,32 +153,40 @@ class Door:
             self._number += 1
             request_id = f"{self._prefix}{self._number:012x}"
         exchange = Exchange(scope, receive, send, memory=self.memory, request_id=request_id, found=found, began=began)
-        self._under_way += 1
-        try:
-            await self._answer(exchange, scope["method"], scope["path"])
-        except heads.HeadError as error:
-            await self._refuse(exchange, error.failure)
-        finally:
-            exchange.release()
-            exchange.watch(None)
-            self._under_way -= 1
-            if self._idle is not None and not self._under_way and not self._idle.done():
-                self._idle.set_result(None)
+        with self.turnstile.passing():
+            try:
+                await self._answer(exchange, scope["method"], scope["path"])
+            except heads.HeadError as error:
+                await self._refuse(exchange, error.failure)
+            finally:
+                exchange.release()
+                exchange.watch(None)
+
+    def all_peers(self) -> list[str]:
+        """The metrics of all doors of all services behind this address, but for this door's own."""
+        return [*self.peers, *(text for guest in self.lobby.guests.values() for text in (guest.metrics.text().decode(), *guest.peers))]
+
+    def has(self, path: str) -> bool:
+        """Whether this service has rows under a path, or their schema."""
+        return path.removesuffix("/schema") in self.fleet.mixes
 
     async def close(self, *, timeout_s: float) -> None:
         """Finish what is under way, for so long at most; then end. New requests are refused."""
-        self.closing = True
-        if self._under_way:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._idle}, timeout=timeout_s)
+        for door in self.lobby.doors:
+            door.closing = True
+        await self.turnstile.empty(timeout_s=timeout_s)
         if self._ticking is not None:
             self._ticking.cancel()
         self.mirror.close()
         self.fleet.abort(CLOSING)
+        for guest in self.lobby.guests.values():
+            await guest.close(timeout_s=0.0)
         if self.edge is not None:
             await self.edge.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
 
     async def _answer(self, exchange: Exchange, method: str, path: str) -> None:
         caller: Caller | Failure
@@ -177,10 +201,15 @@ class Door:
         elif isinstance(caller, Failure):
             await self._refuse(exchange, caller, _CHALLENGE if caller.status == 401 else _SOON)
         else:
-            await self._answer_caller(exchange, method, path, caller)
+            await self.answer(exchange, method, path, caller)
 
-    async def _answer_caller(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
-        if path in self.fleet.mixes:
+    async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller) -> None:
+        """Answer a request, but for those that `edge` does. Who asks has been let in."""
+        guest = next((guest for guest in self.lobby.guests.values() if guest.has(path)), None)
+        if guest is not None:
+            with guest.turnstile.passing():
+                await guest.answer(exchange, method, path, caller)
+        elif path in self.fleet.mixes:
             if method != "POST":
                 await self._other_method(exchange, method, "POST, OPTIONS")
             elif self.closing:
@@ -194,10 +223,10 @@ class Door:
                 await self._show(exchange, path)
             else:
                 await self._other_method(exchange, method, "GET, HEAD, OPTIONS")
-        elif not self.fleet.mixes:
+        elif not self.fleet.mixes or self.lobby.starting:
             await self._refuse(exchange, _NOTHING_YET, _SOON)
         else:
-            there = ", ".join(f"POST {each}" for each in sorted(self.fleet.mixes))
+            there = ", ".join(f"POST {each}" for fleet in self.lobby.fleets() for each in sorted(fleet.mixes))
             await self._refuse(exchange, Failure(404, "not_found", f"there is nothing at {path[:200]}; there is {there}"))
 
     async def _show(self, exchange: Exchange, path: str) -> None:
@@ -252,3 +281,4 @@ class Door:
             for pool in version.pools:
                 self.metrics.replicas(version.number, pool.group, len(pool.usable))
         self.metrics.connections(self.connections)
+        self.metrics.engines(self.fleet.engines())

@@ -47,6 +47,9 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Close at once."""
 
+    def cut(self, last: bytes) -> None:
+        """Send a last piece, as far as the client takes it now, and close the connection, whoever else writes to it."""
+
     @property
     def handle(self) -> int | None:
         """The client's socket, if another process may write pieces of the answer to it."""
@@ -136,7 +139,7 @@ class Exchange:
     async def body(self, *, length: int | None, most_bytes: int, until: float, expires: float) -> bytes | Failure:
         """The whole body, or why there is none. Times are of the loop: `until` a body must be there, `expires` the request."""
         if length is not None and length > most_bytes:
-            return _too_large(most_bytes)
+            return too_large(most_bytes)
         if not self._memory.fits(length or 0):
             return FULL
         if self.whole:
@@ -147,7 +150,7 @@ class Exchange:
             self.bytes_in = len(data)
             self.unread = False
             if len(data) > most_bytes:
-                return _too_large(most_bytes)
+                return too_large(most_bytes)
             self.hold(len(data))
             return data
         pieces: list[bytes] = []
@@ -157,7 +160,7 @@ class Exchange:
                     pieces.append(piece)
                     self.hold(len(piece))
                     if self.bytes_in > most_bytes:
-                        return _too_large(most_bytes)
+                        return too_large(most_bytes)
                     if not self._memory.fits(0):
                         return FULL
         except TimeoutError:
@@ -259,11 +262,11 @@ class Exchange:
         """Whether all of the answer so far is with the system."""
         return self._connection is not None and self._connection.written
 
-    def cut_off(self) -> None:
-        """Close the connection: what the client has of the answer may end in the middle of a piece."""
-        self.status = GONE.status
+    def cut_off(self, last: bytes) -> None:
+        """End an answer that another process writes with a last piece, and close the connection."""
+        self.bytes_out += len(last)
         if self._connection is not None:
-            self._connection.abort()
+            self._connection.cut(last)
 
 
 @dataclass(slots=True)
@@ -277,7 +280,8 @@ class Ask:
     deadline: float
 
 
-def _too_large(most_bytes: int) -> Failure:
+def too_large(most_bytes: int) -> Failure:
+    """Why a body of more bytes is refused."""
     return Failure(
         413, "too_large", f"the body has more than {most_bytes:,} bytes, which is the most; send it in parts, or as a stream of {heads.NDJSON_TYPE.decode()}"
     )

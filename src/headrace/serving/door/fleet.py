@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.serving.door.journey import GONE, MOVED
@@ -19,10 +19,11 @@ _SHED = (429, 503)
 
 
 class Version:
-    """One version: its groups in order, and its counters. `open` says whether each group has a usable replica."""
+    """One version of a service: its groups in order, and its counters. `open` says whether each group has a usable replica."""
 
-    def __init__(self, route: VersionRoute) -> None:
+    def __init__(self, route: VersionRoute, service: str = "") -> None:
         self.route = route
+        self.service = service
         self.number = route.version
         self.pools: list[Pool] = []
         self.report = VersionReport()
@@ -95,7 +96,7 @@ class Fleet:
         for number, route in named.items():
             version = self.versions.get(number)
             if version is None:
-                version = self.versions[number] = Version(route)
+                version = self.versions[number] = Version(route, routes.service)
             version.route = route
             have = {pool.group: pool for pool in version.pools}
             version.pools = [have.pop(group.name) if group.name in have else self._pool(number, group.name) for group in route.groups]
@@ -139,6 +140,11 @@ class Fleet:
     def replicas(self) -> dict[str, dict[str, Any]]:
         """What was last heard of each replica."""
         return {link.endpoint.replica: dataclasses.asdict(link.stats) for pool in self._pools() for link in pool.links.values() if link.stats is not None}
+
+    def engines(self) -> dict[tuple[int, str], Mapping[str, float]]:
+        """What was last heard of the engines of language models, by version and replica."""
+        links = [(pool.version, link) for pool in self._pools() for link in pool.links.values()]
+        return {(version, link.endpoint.replica): link.stats.engine for version, link in links if link.stats is not None and link.stats.engine is not None}
 
     def hung(self) -> tuple[str, ...]:
         """The replicas that are ejected."""

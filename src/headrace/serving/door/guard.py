@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -68,6 +71,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.on_lost: Callable[[], None] | None = None
+        self._answering: Any = None
         self._in_head = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -93,11 +97,21 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close at once."""
         self.transport.abort()
 
+    def cut(self, last: bytes) -> None:
+        """Send a last piece, as far as the client takes it now, and close the connection, whoever else writes to it."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as held:
+            try:
+                held.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            finally:
+                held.shutdown(socket.SHUT_WR)  # another process may have it, too, and `close` alone would end nothing
+        self._answering.disconnected = True
+        self.transport.abort()
+
     @property
     def handle(self) -> int | None:
         """The socket, where what is written to it goes to the client as it is, in chunks; None over TLS."""
         transport = self.transport
-        if transport.get_extra_info("ssl_object") is not None or not self.cycle.chunked_encoding:
+        if transport.get_extra_info("ssl_object") is not None or not self._answering.chunked_encoding:
             return None
         return int(transport.get_extra_info("socket").fileno())
 
@@ -109,7 +123,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def write_piece(self, piece: bytes | memoryview) -> int:
         """Send a piece of an answer of unknown length; the bytes that the client has not read."""
-        if self.cycle.chunked_encoding:
+        if self._answering.chunked_encoding:  # `cycle` may be a later request's, which came with this one
             self.transport.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)))
         else:
             self.transport.write(bytes(piece))
@@ -156,6 +170,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self.scope["headrace.connection"] = self  # type: ignore[typeddict-unknown-key]
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_headers_complete(self) -> None:
         """The request's head is there."""

@@ -12,6 +12,7 @@ from typing import Any
 from headrace.serving.wire import Content, Failure
 
 ARROW_TYPE, JSON_TYPE, NDJSON_TYPE = b"application/vnd.apache.arrow.stream", b"application/json", b"application/x-ndjson"
+EVENTS_TYPE = b"text/event-stream"
 PRIORITIES = {b"interactive": 0, b"normal": 1, b"batch": 2}
 NORMAL = PRIORITIES[b"normal"]
 
@@ -38,7 +39,10 @@ class HeadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the headers of a request for rows say. `content` is None for NDJSON; `timeout_s` and `version` are None where nothing is asked for."""
+    """What the headers of a request for rows say. `content` is None for NDJSON; `timeout_s` and `version` are None where nothing is asked for.
+
+    `events` is whether the answer is to be sent as it is written, which who takes another form as well is not sent.
+    """
 
     content: Content | None
     accept: Content
@@ -47,6 +51,7 @@ class Head:
     version: int | None
     trace: str | None
     length: int | None
+    events: bool = False
 
 
 def scan(headers: RawHeaders) -> dict[bytes, bytes]:
@@ -78,13 +83,13 @@ def read(found: dict[bytes, bytes], *, now: dt.datetime | None = None) -> Head:
         HeadError: a header has a value that it cannot have, or the body is of a type that is not understood.
     """
     content: Content | None = Content.JSON
-    accept = Content.JSON
+    accept, events = Content.JSON, False
     priority = NORMAL
     version = length = None
     if (value := found.get(b"content-type")) is not None and value != JSON_TYPE:
         content = _content(value)
-    if (value := found.get(b"accept")) is not None and ARROW_TYPE in value.lower():
-        accept = Content.ARROW
+    if (value := found.get(b"accept")) is not None:
+        accept, events = _accepted(value.lower())
     if (value := found.get(b"x-priority")) is not None:
         level = PRIORITIES.get(value.strip().lower())
         if level is None:
@@ -99,7 +104,7 @@ def read(found: dict[bytes, bytes], *, now: dt.datetime | None = None) -> Head:
     if (value := found.get(b"content-length")) is not None:
         length = int(value)  # the parser of the protocol lets nothing but digits through
     trace = found.get(b"traceparent")
-    return Head(content, accept, _timeout_s(found, now), priority, version, None if trace is None else trace.decode("latin-1"), length)
+    return Head(content, accept, _timeout_s(found, now), priority, version, None if trace is None else trace.decode("latin-1"), length, events)
 
 
 def failure_body(failure: Failure, request_id: str) -> bytes:
@@ -113,6 +118,13 @@ def failure_fields(failure: Failure) -> dict[str, Any]:
     if failure.details:
         fields["details"] = list(failure.details)
     return fields
+
+
+def _accepted(kinds: bytes) -> tuple[Content, bool]:
+    """How the answer is to be written, and whether as events."""
+    if ARROW_TYPE in kinds:
+        return Content.ARROW, False
+    return Content.JSON, EVENTS_TYPE in kinds and JSON_TYPE not in kinds and b"*/*" not in kinds
 
 
 def _content(value: bytes) -> Content | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,6 +72,7 @@ class Journey:
 
     `deadline` is a time of the loop. One that is `patient` waits while all replicas are busy instead of being shed;
     one that is a `shadow` neither waits nor is tried twice. Requests of the same `prefix` go to the same replica where that has room.
+    `asked` is its hop at a language model, also when that has ended.
     """
 
     deadline: float
@@ -83,6 +85,7 @@ class Journey:
     shadow: bool = False
     stopped: Failure | None = None
     hop: Hop | None = None
+    asked: Hop | None = None
     retries: int = 0
 
     def stop(self, failure: Failure) -> None:
@@ -125,12 +128,15 @@ class Journey:
                 self.hop.withdraw(GONE)
         return Answer(memoryview(body), tuple(legs))
 
-    async def ask(self, place: Place, body: bytes, speaking: Speaking) -> tuple[Said, memoryview] | Failure:
+    async def ask(self, place: Place, body: bytes | memoryview, speaking: Speaking) -> tuple[Said, memoryview] | Failure:
         """Ask a language model; pieces of a streamed answer go to `speaking` meanwhile. Returns when the deadline is over at the latest."""
         if self.stopped is not None:
             return self.stopped
         timer = asyncio.get_running_loop().call_at(self.deadline, self.stop, EXPIRED)
-        hop = self.hop = Hop(self, body, Content.JSON, Content.JSON, speaking=speaking)
+        now_s = time.monotonic()
+        hop = self.hop = self.asked = Hop(self, body, Content.JSON, Content.JSON, speaking=speaking, came_s=now_s, sent_s=now_s)
+        span = self.span
+        begun_s = span.offset_s() if span is not None else 0.0
         try:
             place.submit(hop)
             outcome = await hop.future
@@ -140,9 +146,13 @@ class Journey:
             if self.hop is not None:  # the task was cancelled
                 self.hop.withdraw(GONE)
         if isinstance(outcome, Failure):
+            if span is not None:
+                span.talk(place.group, begun_s, None, attempt=hop.attempts, replica=hop.replica, error=outcome.code)
             return outcome
         said, answer = outcome
         assert isinstance(said, Said)
+        if span is not None:
+            span.talk(place.group, begun_s, said, waited_s=hop.waited_s, attempt=hop.attempts, replica=hop.replica)
         return said, answer
 
 
@@ -169,7 +179,8 @@ class Hop:
 
     `deaths` counts the replicas that died with it on board, not counting those that had not begun on it though it was sent `alone`;
     `hangs` those that were given up meanwhile. `twin` is the same request at another replica, sent while this one took far too long; of the
-    two, one may be `dropped`. One that has `speaking` is answered with `Said`.
+    two, one may be `dropped`. One that has `speaking` is answered with `Said`; `came_s` and `sent_s` are when it came to the group and was last sent
+    to a replica, by `time.monotonic`.
     """
 
     journey: Journey
@@ -188,8 +199,15 @@ class Hop:
     twin: Hop | None = None
     speaking: Speaking | None = None
     dropped: bool = False
+    came_s: float = 0.0
+    sent_s: float = 0.0
     order: int = field(default_factory=_order.__next__)
     future: asyncio.Future[tuple[Done | Said, memoryview] | Failure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def waited_s(self) -> float:
+        """How long it took until a replica had room for it."""
+        return self.sent_s - self.came_s
 
     def drop(self) -> bool:
         """Leave it to its twin, if there is one that is still at it; whether there is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -96,6 +97,7 @@ class Link(asyncio.Protocol):
         self.hops[number] = hop
         if (speaking := hop.speaking) is not None:
             asked = speaking.question
+            hop.sent_s = time.monotonic()
             ask = (asked.path, max(left_s, 0.0), asked.priority, asked.tokens, journey.request_id, journey.trace)
             self._write(encode(Kind.ASK, number, ask, hop.body))
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from headrace.serving.door import heads
 from headrace.serving.door.exchange import CLOSE, Ask, Exchange
@@ -12,13 +13,17 @@ from headrace.serving.door.pairs import Mirror, Pair
 from headrace.serving.door.retries import Retries
 from headrace.serving.door.routing import NO_ROOM
 from headrace.serving.door.streaming import Stream
+from headrace.serving.door.writing import NOT_OF_LINES, Writing, refusal
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Failure
 
 if TYPE_CHECKING:
+    from headrace.serving.door.talk import Talk
     from headrace.serving.watch.logs import AccessLog
     from headrace.serving.watch.metrics import DoorMetrics
     from headrace.serving.watch.traces import Traces
+
+T = TypeVar("T")
 
 NOTHING_SERVED = Failure(503, "unavailable", "no version of the service answers requests at the moment")
 
@@ -63,17 +68,16 @@ class Rows:
             await self.turn_away(ask, version, None)
         elif left_s <= 0:
             await self.turn_away(ask, EXPIRED, version)
+        elif head.events:
+            await self._write(ask, head.content, version)
         elif head.content is None:
             await Stream(self, ask, version).run()
         else:
             await self._one(ask, head.content, version)
 
     async def _one(self, ask: Ask, content: Content, version: Version) -> None:
-        exchange, head, limits = ask.exchange, ask.head, self.limits
-        if not exchange.whole and version.full(head.priority):
-            await self.turn_away(ask, NO_ROOM, version)
-            return
-        body = await exchange.body(length=head.length, most_bytes=limits.body_bytes, until=exchange.began + limits.body_s, expires=ask.deadline)
+        exchange, head = ask.exchange, ask.head
+        body = await self._read(ask, version)
         if isinstance(body, Failure):
             await self.turn_away(ask, body, version)
             return
@@ -93,6 +97,37 @@ class Rows:
         self.count(ask, version, 200, rows=outcome.rows)
         await exchange.reply(200, outcome.body, _KINDS[head.accept], (b"x-headrace-version", b"%d" % version.number), (b"server-timing", timing))
         self._end(ask, journey, version, outcome)
+
+    async def _write(self, ask: Ask, content: Content | None, version: Version) -> None:
+        """Answer one row while the answer is written."""
+        if content is None:
+            await self.turn_away(ask, NOT_OF_LINES, version)
+            return
+        body = refusal(version) or await self._read(ask, version)
+        if isinstance(body, Failure):
+            await self.turn_away(ask, body, version)
+            return
+        journey = self.journey(ask)
+        writing = Writing(ask, journey, body, content, metrics=self._door.metrics)
+        ask.exchange.stop_with_client(journey)
+        failure, version = await self._tried(ask, journey, version, writing.through)
+        ask.exchange.watch(None)
+        status = 200 if failure is None else failure.status
+        if writing.talk is not None:
+            writing.talk.count(version.pipeline, status, read_s=writing.asked_s, now_s=self._door.now())
+        if failure is not None and not writing.begun:
+            await self.turn_away(ask, failure, version, journey)
+            return
+        ask.exchange.status = status  # what the client was told in the stream
+        self.count(ask, version, status, rows=failure is None)
+        self._end(ask, journey, version, failure, writing.talk)
+
+    async def _read(self, ask: Ask, version: Version) -> bytes | Failure:
+        """The request's body, or why it is not taken."""
+        exchange, head, limits = ask.exchange, ask.head, self.limits
+        if not exchange.whole and version.full(head.priority):
+            return NO_ROOM
+        return await exchange.body(length=head.length, most_bytes=limits.body_bytes, until=exchange.began + limits.body_s, expires=ask.deadline)
 
     def choose(self, ask: Ask) -> Version | Failure:
         """The version that answers."""
@@ -114,21 +149,33 @@ class Rows:
     async def compute(
         self, ask: Ask, journey: Journey, version: Version, body: bytes, *, content: Content, accept: Content
     ) -> tuple[Answer | Failure, Version]:
-        """What came of a request, and the version that it came from: another than the first one where that went out of service meanwhile."""
-        outcome: Answer | Failure = NO_ROOM
-        for _ in range(_MOST_MOVES):
-            if version.saturated() and not journey.patient:
-                return NO_ROOM, version
-            report = version.report
-            report.in_flight += 1
+        """What came of a request, and the version that it came from."""
+
+        async def through(version: Version) -> Answer | Failure:
+            outcome: Answer | Failure = NO_ROOM
             mix = self._door.fleet.mixes.get(ask.path)
             pair = self._mirrored(mix, version, ask, journey, body) if mix is not None and mix.mirrored else None
             try:
                 outcome = await journey.through(version.pools, body, content=content, accept=accept)
             finally:
-                report.in_flight -= 1
                 if pair is not None:
                     pair.tell(GONE if journey.stopped is GONE else outcome)
+            return outcome
+
+        return await self._tried(ask, journey, version, through)
+
+    async def _tried(self, ask: Ask, journey: Journey, version: Version, through: Callable[[Version], Awaitable[T | Failure]]) -> tuple[T | Failure, Version]:
+        """What came of a request, and the version that it came from: another than the first one where that went out of service meanwhile."""
+        outcome: T | Failure = NO_ROOM
+        for _ in range(_MOST_MOVES):
+            if version.saturated() and not journey.patient:
+                return NO_ROOM, version
+            report = version.report
+            report.in_flight += 1
+            try:
+                outcome = await through(version)
+            finally:
+                report.in_flight -= 1
             if outcome is not MOVED or ask.head.version is not None:
                 break
             other = self.choose(ask)
@@ -184,23 +231,32 @@ class Rows:
         await ask.exchange.fail(failure, *more)
         self._end(ask, journey, version, failure)
 
-    def _end(self, ask: Ask, journey: Journey | None, version: Version | None, outcome: Answer | Failure) -> None:
-        """Write the line of the log, and end the span."""
+    def _end(self, ask: Ask, journey: Journey | None, version: Version | None, outcome: Answer | Failure | None, talk: Talk | None = None) -> None:
+        """Write the line of the log, and end the span. What was streamed without a failure has no outcome of its own."""
         span = journey.span if journey is not None else None
         error = outcome.code if isinstance(outcome, Failure) else None
         if span is not None:
             span.end(ask.exchange.status, error, version=version.number if version is not None else None)
         if self._door.log is not None:
             last = outcome.legs[-1] if isinstance(outcome, Answer) else None
-            replica = last.replica if last is not None else None
-            self._log(ask, version, error=error, rows=last.done.rows if last is not None else None, replica=replica, journey=journey)
+            rows = last.done.rows if last is not None else None if outcome is not None else 1
+            self._log(ask, version, error=error, rows=rows, replica=last.replica if last is not None else None, journey=journey, talk=talk)
 
     def _log(
-        self, ask: Ask, version: Version | None, *, error: str | None, rows: int | None, replica: str | None = None, journey: Journey | None = None
+        self,
+        ask: Ask,
+        version: Version | None,
+        *,
+        error: str | None,
+        rows: int | None,
+        replica: str | None = None,
+        journey: Journey | None = None,
+        talk: Talk | None = None,
     ) -> None:
         log, exchange = self._door.log, ask.exchange
         if log is None:
             return
+        said, first_s = (talk.said, talk.first_s) if talk is not None else (None, None)
         log.request(
             request_id=exchange.request_id,
             method="POST",
@@ -208,8 +264,12 @@ class Rows:
             status=exchange.status,
             error=error,
             took_ms=(self._door.now() - exchange.began) * 1e3,
+            first_ms=first_s * 1e3 if first_s is not None else None,
             version=version.number if version is not None else None,
             rows=rows,
+            prompt_tokens=said.prompt_tokens if said is not None else None,
+            cached_tokens=said.cached_tokens if said is not None else None,
+            completion_tokens=said.completion_tokens if said is not None else None,
             bytes_in=exchange.bytes_in,
             bytes_out=exchange.bytes_out,
             key=ask.key,

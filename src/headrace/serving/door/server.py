@@ -42,13 +42,14 @@ class DoorServer:
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
+        self._failure: BaseException | None = None
         self._stop_s = 0.0
 
-    def start(self) -> int:
-        """Listen; the port.
+    def start(self, prepare: Callable[[], Coroutine[Any, Any, None]] | None = None) -> int:
+        """Listen, once what `prepare` does on the door's loop is done; the port.
 
         Raises:
-            ServingError: the address is taken or not one of this machine, or the certificate cannot be used.
+            ServingError: the address is taken or not one of this machine, or the certificate cannot be used; and whatever `prepare` raises.
         """
         self.door.most_connections = raise_file_limit()
         listening = self._listen()
@@ -58,10 +59,12 @@ class DoorServer:
             listening.close()
             raise ServingError(f"the certificate {self._tls} cannot be used: {error}") from error
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, args=(self._server, listening), name="door", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._server, listening, prepare), name="door", daemon=True)
         self._thread.start()
         if not self._started.wait(START_S):
             raise ServingError(f"the door did not open within {START_S:.0f} s")
+        if self._failure is not None:
+            raise self._failure
         return self._port
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -91,12 +94,20 @@ class DoorServer:
         server.config.timeout_graceful_shutdown = max(1, round(self._stop_s))
         server.should_exit = True
 
-    def _run(self, server: uvicorn.Server, listening: socket.socket) -> None:
-        with asyncio.Runner(loop_factory=_new_loop()) as runner:
-            runner.run(self._serve(server, listening))
+    def _run(self, server: uvicorn.Server, listening: socket.socket, prepare: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        with asyncio.Runner(loop_factory=new_loop()) as runner:
+            runner.run(self._serve(server, listening, prepare))
 
-    async def _serve(self, server: uvicorn.Server, listening: socket.socket) -> None:
+    async def _serve(self, server: uvicorn.Server, listening: socket.socket, prepare: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
         self._loop = asyncio.get_running_loop()
+        if prepare is not None:
+            preparing = self._loop.create_task(prepare())
+            await asyncio.wait({preparing})
+            if (failure := preparing.exception()) is not None:
+                self._failure = failure
+                listening.close()
+                self._started.set()
+                return
         self._loop.call_soon(self._note_started, server)
         try:
             await server.serve(sockets=[listening])
@@ -177,7 +188,8 @@ def raise_file_limit() -> int:
     return max(1, soft - SPARE_FILES)
 
 
-def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+def new_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes an event loop: uvloop's, where that is installed."""
     try:
         import uvloop
     except ImportError:  # it is an extra on some platforms

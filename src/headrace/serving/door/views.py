@@ -11,6 +11,7 @@ from headrace.serving.wire import Failure
 
 if TYPE_CHECKING:
     from headrace.serving.door.fleet import Fleet
+    from headrace.serving.door.lobby import Lobby
     from headrace.serving.watch.metrics import DoorMetrics
 
 Page = tuple[int, bytes, bytes]  # status, body, content type
@@ -26,8 +27,8 @@ class Desk(Protocol):
     """The door, as far as its pages need it."""
 
     fleet: Fleet
+    lobby: Lobby[Any]
     metrics: DoorMetrics
-    peers: list[str]
     leaving: bool
     closing: bool
 
@@ -35,8 +36,14 @@ class Desk(Protocol):
     def keys(self) -> Mapping[str, str] | None:
         """The hashes of valid keys, or None while none are asked for."""
 
+    def has(self, path: str) -> bool:
+        """Whether this service has rows under a path, or their schema."""
+
     def status(self) -> dict[str, Any]:
         """What `/status` answers."""
+
+    def all_peers(self) -> list[str]:
+        """The metrics of all doors of all services behind this address, but for this door's own."""
 
 
 class Views:
@@ -55,7 +62,7 @@ class Views:
 
     def knows(self, path: str) -> bool:
         """Whether there is such a page."""
-        return path in self._pages or path in ("/openapi.json", "/docs") or (path.endswith("/schema") and path[:-7] in self._door.fleet.mixes)
+        return path in self._pages or path in ("/openapi.json", "/docs") or (path.endswith("/schema") and self._door.has(path))
 
     def page(self, path: str) -> Page | Failure:
         """The page under this path, which is known."""
@@ -95,13 +102,21 @@ class Views:
         serving = [version for version in fleet.versions.values() if version.route.weight > 0]
         if not serving:
             return 503, b"no version answers requests\n", _TEXT
-        lines = [f"version {number}: no replica of {', '.join(groups)}" for number, groups in fleet.unready().items()]
-        return (503, ("\n".join(lines) + "\n").encode(), _TEXT) if lines else (200, b"ready\n", _TEXT)
+        lines = _lacks(fleet)
+        guests = [f"{guest}: {line}" for guest, door in self._door.lobby.guests.items() for line in _lacks(door.fleet)]
+        # Who deals out requests among addresses looks here: what one guest lacks must not take the others away with it.
+        said = "\n".join([*(lines or ["ready"]), *guests, ""])
+        return (503 if lines else 200), said.encode(), _TEXT
 
     def _metrics(self) -> Page:
         from headrace.serving.watch.exposition import CONTENT_TYPE
 
-        return 200, self._door.metrics.text(self._door.peers), CONTENT_TYPE.encode()
+        return 200, self._door.metrics.text(self._door.all_peers()), CONTENT_TYPE.encode()
+
+
+def _lacks(fleet: Fleet) -> list[str]:
+    """What versions lack that answer requests, a line each."""
+    return [f"version {number}: no replica of {', '.join(groups)}" for number, groups in fleet.unready().items()]
 
 
 def _json(status: int, value: Any) -> Page:

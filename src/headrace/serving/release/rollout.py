@@ -178,7 +178,7 @@ def _scale(state: ServiceState, seen: Seen) -> Decision:
                 there += part * seen.loads.get((candidate.number, group), Load()).in_flight
             shed[group] = load.shed
             more = max(0, load.shed - version.shed.get(group, load.shed))
-            observed = policy.Observation(seen.at_s, there, load.waiting, more, seen.ready.get((version.number, group), 0))
+            observed = policy.Observation(seen.at_s, there, load.waiting, more, seen.ready.get((version.number, group), 0), load.background > 0)
             wishes[group], policies[group] = policy.desired(scale, observed, version.policies.get(group, policy.State()))
             before = version.wishes.get(group)
             if before is not None and before != wishes[group] and version.role is Role.CURRENT:

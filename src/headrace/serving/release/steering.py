@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.serving.figures import Lately
 from headrace.serving.release import canary, rollout
+from headrace.serving.release.guests import Guests, names_of
 from headrace.serving.release.roster import Roster
 from headrace.serving.release.tallies import Tallies
 from headrace.serving.release.versions import How, Load, Rolling, Seen, ServiceState, Told, Version, from_json, to_json
@@ -44,6 +45,7 @@ class Steering:
         self.keys: Mapping[str, str] | None = None
         self.trouble = ""
         self.contracts: dict[int, Mapping[str, Any]] = {}
+        self.guests = Guests(service)
         self.events: deque[tuple[int, Told]] = deque(maxlen=EVENTS)
         self.told = 0
         self.wanted: dict[tuple[int, str], int] = {}
@@ -77,8 +79,27 @@ class Steering:
         """The metrics of the other doors."""
         return [report.metrics for report in self.tallies.current(now_s=now_s) if report.door != door and report.metrics]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which names the versions that are not gone are asked."""
+        there = [version.number for version in self.state.versions if not version.role.gone]
+        return tuple(name for number in there if number in self.contracts for name in names_of(self.contracts[number]))
+
+    def seat(self, guest: str, names: Iterable[str]) -> None:
+        """Take another service in behind this one's doors, to be asked by these names.
+
+        Raises:
+            ServingError: this one, or another guest, has one of the names.
+        """
+        self.guests.seat(guest, names, host=self.names)
+
     def deploy(self, release: Release, *, at_s: float) -> None:
-        """Bring a version up beside what runs."""
+        """Bring a version up beside what runs.
+
+        Raises:
+            ServingError: a guest has one of its names.
+        """
+        self.guests.check(self.service, names_of(release.contract), host=())
         self._decided(rollout.deploy(self.state, release.version, how=release.how, at_s=at_s, gate=release.gate))
         self.contracts[release.version.number] = release.contract
 
@@ -109,7 +130,7 @@ class Steering:
         there = [version for version in self.state.versions if not version.role.gone]
         groups = {version.number: tuple(version.scales) for version in there}
         weights = {number: self.weights.get(number, (0.0, 0.0)) for number in groups}
-        routes = Routes(self.service, self._revision, self.roster.routes(weights, groups, self.contracts), self.limits, self.keys)
+        routes = Routes(self.service, self._revision, self.roster.routes(weights, groups, self.contracts), self.limits, self.keys, tuple(self.guests.names))
         if routes == self.routes:
             return False
         self._revision += 1
@@ -135,7 +156,8 @@ class Steering:
         """What a restart must not lose, as JSON."""
         events = [(number, dataclasses.asdict(told)) for number, told in self.events]
         contracts = {str(version): contract for version, contract in self.contracts.items()}
-        return json.dumps({"state": to_json(self.state), "contracts": contracts, "events": events, "told": self.told}).encode()
+        kept = {"state": to_json(self.state), "contracts": contracts, "events": events, "told": self.told, "guests": self.guests.names}
+        return json.dumps(kept).encode()
 
     def status(self, *, now_s: float, at_s: float) -> dict[str, Any]:
         """What `/status` tells beside each door's own figures."""
@@ -161,6 +183,7 @@ class Steering:
             "shadow": shadow,
             "groups": [self._group(version.number, group, now_s=now_s) for group in version.scales],
             **self.lately.version(version.number, now_s=now_s),
+            "speech": self.lately.speech(version.number, now_s=now_s),
             "counts": None if counted is None else {name: value for name, value in dataclasses.asdict(counted).items() if name != "latencies"},
         }
 
@@ -172,6 +195,7 @@ class Steering:
             "ready": len(replicas),
             "wanted": self.wanted.get((version, group), 0),
             "in_flight": load.in_flight,
+            "background": load.background,
             "waiting": load.waiting,
             "shed": load.shed,
             **self.lately.group(version, group, replicas, now_s=now_s),
@@ -202,6 +226,7 @@ class Steering:
         self.contracts = {int(version): contract for version, contract in kept["contracts"].items()}
         self.events.extend((number, Told(**told)) for number, told in kept["events"])
         self.told = kept["told"]
+        self.guests = Guests(self.service, kept.get("guests"))
         self.tallies = Tallies(resumed=True)
         if (rollout := self.state.rollout) is not None and rollout.trial is not None:
             self.state = dataclasses.replace(self.state, rollout=dataclasses.replace(rollout, trial=dataclasses.replace(rollout.trial, last=None)))

@@ -69,12 +69,14 @@ class Tallies:
         return {replica for report in self.current(now_s=now_s) for replica in report.hung}
 
     def loads(self, members: Mapping[tuple[int, str], Iterable[str]], *, now_s: float) -> dict[tuple[int, str], Load]:
-        """By version and group with these replicas: requests there, waiting, and shed.
+        """By version and group with these replicas: requests there, waiting, shed, and of the background.
 
         Doors count what they shed by version. It is put down to that of its groups whose replicas have most to do.
         """
         stats = self.replicas(now_s=now_s)
-        busy = {key: float(sum(stats[replica]["in_flight"] for replica in replicas if replica in stats)) for key, replicas in members.items()}
+        there = {key: [stats[replica] for replica in replicas if replica in stats] for key, replicas in members.items()}
+        background = {key: sum((one.get("engine") or {}).get("background", 0.0) for one in told) for key, told in there.items()}
+        busy = {key: float(sum(one["in_flight"] for one in told)) - background[key] for key, told in there.items()}
         crowd = {key: busy[key] / max(1, len(list(replicas))) for key, replicas in members.items()}
         for version, counted in self.sums(now_s=now_s).items():
             more = counted.rejected - self._rejected.get(version, 0)
@@ -87,7 +89,7 @@ class Tallies:
         for report in self.current(now_s=now_s):
             for key, count in report.waiting.items():
                 waiting[key] = waiting.get(key, 0) + count
-        return {key: Load(busy[key], waiting.get(key, 0), self._shed.get(key, 0)) for key in members}
+        return {key: Load(busy[key], waiting.get(key, 0), self._shed.get(key, 0), background[key]) for key in members}
 
 
 def _minus(report: VersionReport) -> VersionReport:

@@ -193,13 +193,14 @@ class ServiceState:
 class Load:
     """Requests for one group of one version.
 
-    `in_flight` are those that its replicas have taken and not answered (queued ones included), `waiting` those that doors hold because it has no
-    replica; `shed` counts those refused, since control began.
+    `in_flight` are those that its replicas have taken and not answered (queued ones included), but for those of work in the `background`; `waiting`
+    those that doors hold because it has no replica; `shed` counts those refused, since control began.
     """
 
     in_flight: float = 0.0
     waiting: float = 0.0
     shed: int = 0
+    background: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,9 @@ class Call:
 class Station:
     """Stages that are called one after the other in one thread, or several alike, and the requests that wait for it.
 
-    `passes` are the columns that are needed after it. `fresh` are requests of unknown length, which a token budget asks for. `backlog` is
-    the cost of all requests of the replica that are still to pass here, `busy` the part of it that calls hold; cost is rows, or bytes of
-    the body where rows differ in length. `since` is when the call of each of its `threads` began, 0 while there is none, and
-    last that of the sockets' own; `free` are the threads that wait.
+    `passes` are the columns that are needed after it. `fresh` are requests of unknown length, which a token budget asks for. `backlog` is the cost of all
+    requests of the replica that are still to pass here, `busy` the part of it that calls hold; cost is rows, or bytes of the body where rows differ in
+    length. `since` is when the call of each of its `threads` began, 0 while there is none, last that of the sockets' own; `free` are threads that wait.
     """
 
     at: int
@@ -108,8 +107,7 @@ def divide(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
 class Floor:
     """All stations of a replica.
 
-    `rows` and `calls` count what was answered and done so far, and `filled` the part of their rule that calls held; where there are models,
-    only their calls count.
+    `rows` and `calls` count what was answered and done so far, and `filled` the part of their rule that calls held; of models alone, if there are any.
     """
 
     def __init__(self, stages: Sequence[Stage], *, writes: Iterable[str], limits: Limits, threads: int) -> None:
@@ -161,7 +159,7 @@ class Floor:
             needed = tightest.cost(job) * job.rows
             out: list[Job] = []
             for station in reversed(self.stations[: tightest.at + 1]):
-                fresh = [other for other in reversed(station.fresh) if other.rank(now_s) > job.priority and not other.alone]
+                fresh = [other for other in reversed(station.fresh) if other.rank(now_s) > job.priority and not (other.alone or other.leaves)]
                 for other in itertools.chain(fresh, station.line.least(job.priority, now_s)):
                     if needed > 0:
                         needed -= tightest.cost(other) * other.rows
@@ -186,6 +184,10 @@ class Floor:
         with self._lock:
             job.answered = True
             self._free_floor()
+
+    def ends(self, job: Job, station: Station) -> bool:
+        """Whether a request goes to no station after this one."""
+        return station is self.stations[-2 if job.leaves else -1]
 
     def queued(self) -> int:
         """Requests that no call has begun on."""
@@ -241,7 +243,6 @@ class Floor:
 
     def settle(self, station: Station, seat: int, call: Call, out: pa.Table, faults: dict[int, Fault], seconds: float) -> tuple[list[Job], list[Job]]:
         """A call is done: the requests that are complete at this station, and those that failed."""
-        last = station is self.stations[-1]
         complete: list[Job] = []
         failed: list[Job] = []
         stop, now_s = 0, time.perf_counter()
@@ -265,9 +266,10 @@ class Floor:
                 elif job.done == job.rows:
                     job.compute_s += now_s - job.began_s
                     complete.append(job)
-            for job in complete if last else ():
-                self.rows += job.rows
-                self._close(job)
+            for job in complete:
+                if self.ends(job, station):
+                    self.rows += 0 if job.leaves else job.rows
+                    self._close(job)
             for job in failed:
                 self._close(job)
         return complete, failed
@@ -334,10 +336,10 @@ class Floor:
     def _enter(self, job: Job, at: int, now_s: float) -> None:
         station, lengths = self.stations[at], job.widths
         job.enter(at, now_s)
-        if isinstance(station.rule, Tokens) and lengths is None:
-            station.fresh.append(job)
-            return
-        if isinstance(station.rule, Tokens) and lengths is not None:
+        if isinstance(station.rule, Tokens):
+            if lengths is None:
+                station.fresh.append(job)
+                return
             job.measured(lengths)
         station.line.put(job)
 

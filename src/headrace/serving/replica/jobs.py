@@ -49,7 +49,8 @@ class Job:
     """A request that the replica has taken, on its way from station to station.
 
     `owner` is who asked, under `number`. One that is `alone` is computed with nothing beside it; it is `answered` when the door's answer is
-    with the system, or nobody waits for one. `incoming` is the parsed body, `data` its rows as the current station reads them; only requests of
+    with the system, or nobody waits for one. One that `leaves` ends before the last station, with what is to be computed there as its `data`;
+    its answer is empty. `incoming` is the parsed body, `data` its rows as the current station reads them; only requests of
     the same `group` may share a call.
     Of the current station are: `at`, its place, -1 before the first; `taken` and `done`, rows that calls hold or held, and that are computed;
     `left`, for a token budget, the rows not taken with the `widths` of each; `parts`, what came out; `passed_s`, when a call that could have
@@ -63,6 +64,7 @@ class Job:
     accept: Content = Content.JSON
     priority: int = 1
     alone: bool = False
+    leaves: bool = False
     deadline_s: float = float("inf")
     arrived_s: float = 0.0
     incoming: Any = None

@@ -7,7 +7,7 @@ needed: no cutting, no merging, no turns. Where a call of several rows fails, th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,13 @@ def _through(stages: Sequence[Stage], data: pa.Table) -> pa.Table:
         outputs = call(stage, {name: to_stage(whole(data[name]), column) for name, column in stage.reads.items()})
         arrays = encode(stage, outputs, data.num_rows)
         assert isinstance(arrays, dict)  # only a fault gives a fault
-        for name, array in arrays.items():
-            at = data.schema.get_field_index(name)
-            data = data.append_column(name, array) if at < 0 else data.set_column(at, name, array)
+        data = with_columns(data, arrays)
+    return data
+
+
+def with_columns(data: pa.Table, arrays: Mapping[str, pa.Array]) -> pa.Table:
+    """`data` with these columns, in place of those of the same names."""
+    for name, array in arrays.items():
+        at = data.schema.get_field_index(name)
+        data = data.append_column(name, array) if at < 0 else data.set_column(at, name, array)
     return data

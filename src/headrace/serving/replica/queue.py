@@ -59,12 +59,12 @@ class Line:
         return next(iter(self.ordered(now_s)), None)
 
     def least(self, above: int, now_s: float) -> Iterator[Job]:
-        """Those of a class worse than `above` that no call has begun on: the worst class first, in it the newest."""
+        """Those of a class worse than `above` that no call has begun on, and that may be given back: the worst class first, in it the newest."""
         for jobs in reversed(self._classes[above + 1 :]):
             for job in reversed(jobs):
                 if job.rank(now_s) <= above:
                     break  # as are all that came before it
-                if not job.taken and not job.alone:
+                if not (job.taken or job.alone or job.leaves):
                     yield job
 
     def take(self, now_s: float, *, shrink: int = 1, only: Job | None = None) -> Taken:

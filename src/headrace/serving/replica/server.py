@@ -8,7 +8,6 @@ import resource
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,23 +25,22 @@ from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
 from headrace.serving.replica.lean import contained
 from headrace.serving.replica.outlets import Anteroom, Channel
+from headrace.serving.replica.parsing import LARGE_BYTES, parse
+from headrace.serving.replica.scribe import Scribe
 from headrace.serving.replica.station import Stations
 from headrace.serving.replica.talks import Talks, speaker_of
 from headrace.serving.routes import Limits
 from headrace.serving.wire import Content, Failure, Kind, Question, Stats
 from headrace.stage import Stage
 
-UNREADABLE = Failure(500, "internal", "the body could not be read, which is a mistake in the service; its log says why")
 UNSPOKEN = Failure(404, "not_found", "no stage of this pipeline speaks OpenAI's interface")
 _LIMITS = Limits()
-_LARGE_BYTES = 128 << 10  # a body from this size on is parsed in a thread of its own, so that the loop goes on
 _PONG_S = 1.0
 _OUT_S = 2.0  # a door that does not take an answer for so long does not keep others waiting
 _RETRY_S = 0.05  # for requests that come while draining
 _SWITCH_S = 0.0005
 _WARM_S = 600.0
 _IDLE_S = 0.005
-_OURS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, pa.ArrowException)  # what a mistake in parsing may raise
 
 
 class ReplicaServer:
@@ -85,7 +83,8 @@ class ReplicaServer:
         self._turns_s = sys.getswitchinterval()
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
         speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
-        self._talks = None if speaker is None else Talks(speaker, background=limits.background)
+        self._scribe = None if speaker is None else Scribe.of(self._stations)
+        self._talks = None if speaker is None else Talks(speaker, background=limits.background, scribe=self._scribe)
         self._anteroom = None if speaker is None else Anteroom(token)
 
     def warm_up(self, row: Mapping[str, Any] | None = None) -> None:
@@ -143,7 +142,8 @@ class ReplicaServer:
         floor = self._floor
         in_flight = sum(len(connection.jobs) + len(connection.talks) for connection in list(self._connections))
         engine = None if self._talks is None else self._talks.figures()
-        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), floor.rows, floor.calls, floor.filled, _memory_bytes(), self._draining, engine)
+        rows = floor.rows + (0 if self._scribe is None else self._scribe.rows)
+        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), rows, floor.calls, floor.filled, _memory_bytes(), self._draining, engine)
 
     def drain(self, timeout_s: float) -> bool:
         """Take nothing more, tell the doors, and finish what was taken; false if that took too long. May be called from any thread."""
@@ -164,6 +164,8 @@ class ReplicaServer:
         self._stations.close()
         if self._anteroom is not None:
             self._anteroom.close()
+        if self._scribe is not None:
+            self._scribe.close()
         if self._parser is not None:
             self._parser.shutdown(wait=False)
 
@@ -199,8 +201,8 @@ class ReplicaServer:
         full_s = None if job.alone else self._floor.full_s()
         if self._draining or (full_s is not None and job.priority == LEAST_PRIORITY):
             self._answer(job, Busy(full_s or _RETRY_S))
-        elif len(body) < _LARGE_BYTES:
-            self._let_in(job, self._parse(body, content), full_s)
+        elif len(body) < LARGE_BYTES:
+            self._let_in(job, parse(self._codec, body, content), full_s)
         else:
             if self._parser is None:
                 self._parser = ThreadPoolExecutor(1, thread_name_prefix="headrace-parser")
@@ -266,17 +268,8 @@ class ReplicaServer:
             fault = next(iter(job.faults.values()), None)
             raise StageError(answer.message, fault.stage if fault else "", fault.frames if fault else "")
 
-    def _parse(self, body: memoryview, content: Content) -> Incoming | Failure:
-        try:
-            return self._codec.decode(body, content)
-        except Refused as refused:
-            return refused.failure
-        except _OURS:
-            traceback.print_exc()
-            return UNREADABLE
-
     def _parse_aside(self, job: Job, body: memoryview, content: Content, full_s: float | None) -> None:
-        incoming = self._parse(body, content)
+        incoming = parse(self._codec, body, content)
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._parsed_aside, job, incoming, full_s)

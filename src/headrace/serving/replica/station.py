@@ -15,13 +15,14 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Protocol
 
 from headrace.batching import Rows, Tokens
 from headrace.errors import StageError
+from headrace.lineage import Fault
 from headrace.serving.bodies.codec import Codec
 from headrace.serving.replica import lean
 from headrace.serving.replica.floor import Call, Floor, Station, Wake
@@ -184,7 +185,7 @@ class Stations:
                 self.floor.end(station, seat, call)
                 self.owner.deliver([(job, BROKEN if sys.exception() else UNHEARD) for job in jobs])
         if failed:
-            self.owner.deliver([(job, _failure(job)) for job in failed])
+            self.owner.deliver([(job, failure(job.faults, single=job.single)) for job in failed])
         if complete:
             with self._answered(complete):
                 self._send_on(complete, station)
@@ -193,6 +194,11 @@ class Stations:
         """To the next station, or as answers to those who asked."""
         for job in jobs:
             job.join()
+        if left := [job for job in jobs if job.leaves and self.floor.ends(job, station)]:
+            self.owner.deliver([(job, b"") for job in left])
+            jobs = [job for job in jobs if job not in left]
+        if not jobs:
+            return
         if station is not self.floor.stations[-1]:
             following = self.floor.stations[station.at + 1]
             if isinstance(following.rule, Tokens):
@@ -249,11 +255,11 @@ def _measure(jobs: list[Job], station: Station) -> None:
         job.measured(lengths[start:stop])
 
 
-def _failure(job: Job) -> Failure:
-    """Of a request that a stage raised on."""
+def failure(faults: Mapping[int, Fault], *, single: bool) -> Failure:
+    """Of a request, of one row by itself or of several, on which a stage raised: why, by row."""
     texts = {
         row: fault.message if fault.error == "ContractError" else f"stage {fault.stage!r} raised {fault.error}: {fault.message}"
-        for row, fault in sorted(job.faults.items())[:_SHOWN_FAULTS]
+        for row, fault in sorted(faults.items())[:_SHOWN_FAULTS]
     }
-    details = tuple({"loc": [] if job.single else ["rows", row], "message": text} for row, text in texts.items())
+    details = tuple({"loc": [] if single else ["rows", row], "message": text} for row, text in texts.items())
     return Failure(500, "stage_failed", next(iter(texts.values())), details)

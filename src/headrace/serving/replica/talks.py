@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import dataclasses
 import math
 import os
 import sys
@@ -18,14 +19,19 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol
 
+import orjson
+
 from headrace.errors import EngineLostError
+from headrace.serving.bodies.codec import Refused
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Busy
 from headrace.serving.replica.outlets import Outlet
-from headrace.serving.wire import Failure, Kind, Question, Said
+from headrace.serving.replica.scribe import Scribe
+from headrace.serving.wire import ROW_PATHS, Failure, Kind, Question, Said
 from headrace.speech import Reply, Speaker, Spent
 
 EXPIRED = Failure(504, "deadline_exceeded", "the deadline passed before the answer was complete")
 LOST = Failure(503, "unavailable", "the engine was lost")
+UNWRITTEN = Failure(406, "not_acceptable", "the last stage of this pipeline is no language model that writes text")
 BROKEN = Failure(500, "internal", "the request met a mistake in the service; its log says why")
 CANCELLED = 499
 
@@ -67,23 +73,9 @@ class Talk:
     """A request under way. A streamed answer goes through its door, or, once that has agreed, by an outlet of its own."""
 
     __slots__ = (
-        "_gaps",
-        "_held",
-        "_last_s",
-        "_outlet",
-        "_own",
-        "_task",
-        "_written",
-        "began_s",
-        "begun",
-        "connection",
-        "given_back",
-        "left_s",
-        "number",
-        "question",
-        "request_id",
-        "spent",
-    )
+        "_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "_timed", "_written", "began_s", "begun", "connection", "given_back", "left_s", "number",
+        "question", "request_id", "spent",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
         self.connection, self.number, self.question = connection, number, question
@@ -94,7 +86,7 @@ class Talk:
         self.begun = self.given_back = False
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
-        self._gaps, self._last_s = array.array("f"), 0.0
+        self._gaps, self._last_s, self._timed = array.array("f"), 0.0, 0
         self._written = 0
         self._held: list[bytes] = []  # while the door passes on what came before
 
@@ -115,9 +107,10 @@ class Talk:
             assert self._outlet is not None
             self._outlet.write(text)
             self._written += len(text)
-            now_s = time.perf_counter()
-            self._gaps.append(now_s - self._last_s)
-            self._last_s = now_s
+            if self.spent.completion_tokens > self._timed:  # other pieces only say why it ends
+                now_s = time.perf_counter()
+                self._gaps.append(now_s - self._last_s)
+                self._last_s, self._timed = now_s, self.spent.completion_tokens
         elif self._outlet is not None:
             self._held.append(text)
         else:
@@ -141,7 +134,7 @@ class Talk:
         if outlet is None or self._own:
             return
         if alone:
-            self._own, self._last_s = True, time.perf_counter()
+            self._own, self._last_s, self._timed = True, time.perf_counter(), self.spent.completion_tokens
             if held:
                 outlet.write(held)
                 self._written += len(held)
@@ -181,9 +174,8 @@ class Talk:
         """What it has come to."""
         spent = self.spent
         took_s = time.perf_counter() - self.began_s
-        return Said(
-            status, spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, spent.queue_s, min(spent.first_s, took_s), took_s, self._gaps.tobytes()
-        )
+        tokens = spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens
+        return Said(status, *tokens, spent.queue_s, min(spent.first_s, took_s), took_s, self._gaps.tobytes(), self._written)
 
 
 class Talks:
@@ -197,8 +189,9 @@ class Talks:
     are given back, the last ones first: whoever asks for them asks again. The engine does not take back a place that it has given.
     """
 
-    def __init__(self, speaker: Speaker, *, background: float) -> None:
+    def __init__(self, speaker: Speaker, *, background: float, scribe: Scribe | None = None) -> None:
         self.speaker = speaker
+        self._scribe = scribe
         self._under_way: dict[Talk, None] = {}  # in the order in which they came
         self._background = 0  # of these, those of the last class
         self._calm_at = 0.0  # when nothing better will have been asked for a while
@@ -212,16 +205,21 @@ class Talks:
         self._alone = max(1, self._places - self._places // _SPARE)
 
     def figures(self) -> dict[str, float]:
-        """The engine's figures, and how many background requests more it would take. May be called from any thread."""
-        return {**self.speaker.figures(), "background_room": float(self._background_room())}
+        """The engine's figures, and how many background requests there are, and more it would take. May be called from any thread."""
+        return {**self.speaker.figures(), "background": float(self._background), "background_room": float(self._background_room())}
 
     def take(self, connection: Connection, number: int, question: Question, body: bytes, *, left_s: float, request_id: str) -> None:
         """A request came: let it in, or refuse it."""
+        if question.path in ROW_PATHS.values():
+            if self._scribe is None:
+                connection.refuse(number, UNWRITTEN)
+                return
+            question = dataclasses.replace(question, tokens=question.tokens + self._scribe.tokens)
         full_s = self._full_s(question, left_s)
         if full_s is not None:
             connection.refuse(number, Busy(full_s))
             return
-        if request_id in self._names:  # clients name requests as they like; the engine must not see a name twice
+        while request_id in self._names:  # clients name requests as they like; the engine must not see a name twice
             request_id = f"{request_id}-{number}"
         talk = Talk(connection, number, question, left_s, request_id)
         connection.talks[number] = talk
@@ -238,12 +236,19 @@ class Talks:
     async def _carry(self, talk: Talk, body: bytes) -> None:
         try:
             async with asyncio.timeout(talk.left_s):
-                answer = await self.speaker.speak(talk.question.path, body, priority=talk.question.priority, request_id=talk.request_id, spent=talk.spent)
+                path = talk.question.path
+                speak = self._scribe.speak if self._scribe is not None and path in ROW_PATHS.values() else self.speaker.speak
+                answer = await speak(path, body, priority=talk.question.priority, request_id=talk.request_id, spent=talk.spent)
                 if isinstance(answer, Reply):
                     talk.connection.said(talk.number, talk.said(answer.status), answer.body)
                 else:
-                    await self._stream(talk, answer)
-                    talk.connection.said(talk.number, talk.said(200))
+                    broken = await self._stream(talk, answer)
+                    if broken is None:
+                        talk.connection.said(talk.number, talk.said(200))
+                    else:
+                        talk.connection.said(talk.number, talk.said(broken.status), orjson.dumps((broken.code, broken.message)))
+        except Refused as refused:
+            talk.connection.refuse(talk.number, refused.failure)
         except TimeoutError:
             talk.connection.said(talk.number, talk.said(EXPIRED.status))
         except EngineLostError:
@@ -251,16 +256,21 @@ class Talks:
         except asyncio.CancelledError:  # by who asked, or in favour of others
             self._part(talk)
 
-    async def _stream(self, talk: Talk, answer: AsyncIterator[str]) -> None:
-        connection = talk.connection
+    async def _stream(self, talk: Talk, answer: AsyncIterator[str]) -> Failure | None:
+        """Send an answer as it comes; why it has no end, if it has none."""
+        connection, broken = talk.connection, None
         try:
             async with aclosing(answer) as texts:  # type: ignore[type-var]
-                async for text in texts:
-                    if talk.piece(text.encode()):
-                        self._touch(connection)
+                try:
+                    async for text in texts:
+                        if talk.piece(text.encode()):
+                            self._touch(connection)
+                except Refused as refused:
+                    broken = refused.failure
             await talk.finish()
         finally:
             talk.leave()
+        return broken
 
     def _touch(self, connection: Connection) -> None:
         """Have it write what it was given, when all that is ready now has given it."""

@@ -33,6 +33,23 @@ class Stream(Protocol):
         """Let none of it wait."""
 
 
+class Shared:
+    """A stream for the logs of several services: what each writes at once stays whole."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> None:
+        """Write all of it, and let none of it wait."""
+        with self._lock:
+            self._stream.write(text)
+            self._stream.flush()
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
 class Entry(TypedDict, total=False):
     """What may be said of a request; it is written in the order in which it is said. There is no place for keys or other headers.
 

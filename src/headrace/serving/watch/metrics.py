@@ -1,20 +1,23 @@
 """What a door counts, as Prometheus reads it.
 
 Counting happens with every request, so it is plain arithmetic on lists; text is made only when asked for. Every series has the labels `service`
-and `door`, so that the doors of a service can be added up. The number of series is bounded: the versions last deployed have labels of
-their own, older ones are `other`; so are names of keys and reasons beyond a fixed number.
+and `door`, so that the doors of a service can be added up; only what engines tell of themselves, which every door hears, is of no door. The number
+of series is bounded: the versions last deployed have labels of their own, older ones are `other`; so are names of keys, models and reasons beyond a
+fixed number.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import ProcessCollector
 
 from headrace.serving.routes import LATENCY_BOUNDS_S
-from headrace.serving.watch.exposition import CONTENT_TYPE, Family, buckets, escaped, join, line, write
+from headrace.serving.watch import speech
+from headrace.serving.watch.exposition import CONTENT_TYPE, Family, Histogram, escaped, join, line, write
+from headrace.serving.watch.speech import EACH, Engines, Spoken
 from headrace.serving.wire import Done
 
 __all__ = ["CONTENT_TYPE", "DoorMetrics"]
@@ -22,10 +25,7 @@ __all__ = ["CONTENT_TYPE", "DoorMetrics"]
 VERSIONS, KEYS, REASONS = 8, 100, 24  # with labels of their own
 OTHER, NONE = "other", "none"
 
-_EACH = 3  # bounds of LATENCY_BOUNDS_S to one of Prometheus: 24 buckets, each 1.7 times the one before
-_LE_S = [f"{bound:.6g}" for bound in LATENCY_BOUNDS_S[_EACH - 1 :: _EACH]]
-_ROWS = [2**power for power in range(13)]
-_LE_ROWS = [str(bound) for bound in _ROWS]
+_ROWS = tuple(2**power for power in range(13))
 _REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 _HELP = {
@@ -46,6 +46,7 @@ _HELP = {
     "headrace_connections": ("gauge", "Open connections of clients."),
     "headrace_shadow_pairs_total": ("counter", "Requests that two versions computed to be compared, by outcome."),
     "headrace_key_requests_total": ("counter", "Requests by name of the API key."),
+    **speech.HELP,
 }
 
 _NAMED = {
@@ -56,31 +57,15 @@ _NAMED = {
 }
 
 
-class _Histogram:
-    """Counts by bounds, and their sum."""
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def absorb(self, other: _Histogram) -> None:
-        self.counts[:] = map(int.__add__, self.counts, other.counts)
-        self.sum += other.sum
-
-
 class _Version:
     """What is counted of a version."""
 
-    __slots__ = ("codes", "rows", "took")
+    __slots__ = ("codes", "rows", "spoken", "took")
 
     def __init__(self) -> None:
         self.codes: dict[int, int] = {}
-        self.took = _Histogram(LATENCY_BOUNDS_S)
+        self.spoken: Spoken | None = None  # of one that answers OpenAI's interface
+        self.took = Histogram(LATENCY_BOUNDS_S, each=EACH)
         self.rows = 0
 
     def absorb(self, other: _Version) -> None:
@@ -88,6 +73,9 @@ class _Version:
             self.codes[code] = self.codes.get(code, 0) + number
         self.took.absorb(other.took)
         self.rows += other.rows
+        if other.spoken is not None:
+            self.spoken = self.spoken or Spoken()
+            self.spoken.absorb(other.spoken)
 
 
 class _Group:
@@ -96,8 +84,8 @@ class _Group:
     __slots__ = ("batch", "compute", "hops", "queue", "rows", "wait")
 
     def __init__(self) -> None:
-        self.queue, self.wait, self.compute = (_Histogram(LATENCY_BOUNDS_S) for _ in range(3))
-        self.batch = _Histogram(_ROWS)
+        self.queue, self.wait, self.compute = (Histogram(LATENCY_BOUNDS_S, each=EACH) for _ in range(3))
+        self.batch = Histogram(_ROWS)
         self.hops = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self.rows = 0
 
@@ -112,10 +100,10 @@ class _Group:
 class DoorMetrics:
     """The counts of one door. All methods are called on the door's own loop.
 
-    A version of 0 stands for requests that no version saw, such as those without a key.
+    A version of 0 stands for requests that no version saw, such as those without a key. `process` is whether it tells of its process, too.
     """
 
-    def __init__(self, service: str, door: str) -> None:
+    def __init__(self, service: str, door: str, *, process: bool = True) -> None:
         self._labels = f'service="{escaped(service)}",door="{escaped(door)}"'
         self._versions: dict[int, _Version] = {}  # those with labels of their own, and 0
         self._groups: dict[tuple[int, str], _Group] = {}
@@ -123,9 +111,10 @@ class DoorMetrics:
         self._named: dict[str, dict[str, int]] = {what: {} for what in _NAMED}
         self._occupancy: dict[int, tuple[int, int]] = {}
         self._replicas: dict[tuple[int, str], int] = {}
+        self._engines = Engines(service)
         self._connections = 0
         self._expired = 0
-        self._process = ProcessCollector(registry=None)
+        self._process = ProcessCollector(registry=None) if process else None
 
     def answered(self, version: int, status: int, took_s: float, rows: int = 0, *, key: str | None = None) -> None:
         """A request was answered, `took_s` after its first byte; `key` is the name of its API key."""
@@ -155,6 +144,21 @@ class DoorMetrics:
     def latencies(self, version: int) -> list[int]:
         """The requests of a version by `LATENCY_BOUNDS_S`, whatever they were answered: the list itself, which grows on."""
         return (self._versions.get(version) or self._version(version)).took.counts
+
+    def spoken(self, version: int) -> Spoken:
+        """Where a version's answers of OpenAI's interface are counted, which goes on."""
+        mine = self._versions.get(version) or self._version(version)
+        if mine.spoken is None:
+            mine.spoken = Spoken()
+        return mine.spoken
+
+    def paces(self) -> dict[int, tuple[list[int], list[int]]]:
+        """By version that speaks, times to first tokens and between tokens by `LATENCY_BOUNDS_S`; for `DoorReport.paces`."""
+        return {version: spoken.pace() for version, counted in self._versions.items() if (spoken := counted.spoken) is not None}
+
+    def engines(self, told: Mapping[tuple[int, str], Mapping[str, float]]) -> None:
+        """What the engines of language models tell of themselves, by version and replica; see `headrace.readings`."""
+        self._engines.told = told
 
     def shed(self, reason: str) -> None:
         """A request was turned away because there is too much work."""
@@ -224,9 +228,8 @@ class DoorMetrics:
         def add(name: str, labels: str, value: float) -> None:
             families[name].lines.append(line(name, f"{self._labels}{labels}", value))
 
-        def add_histogram(name: str, labels: str, histogram: _Histogram) -> None:
-            bounds, each = (_LE_ROWS, 1) if histogram.bounds is _ROWS else (_LE_S, _EACH)
-            families[name].lines += buckets(name, f"{self._labels}{labels}", histogram.counts, histogram.sum, bounds=bounds, each=each)
+        def add_histogram(name: str, labels: str, histogram: Histogram) -> None:
+            families[name].lines += histogram.lines(name, f"{self._labels}{labels}")
 
         for version, counted in self._by_version():
             for code, number in sorted(counted.codes.items()):
@@ -241,7 +244,9 @@ class DoorMetrics:
             add("headrace_group_rows_total", labels, group.rows)
         for name, labels, value in (*self._gauges(), *self._by_name()):
             add(name, labels, value)
-        for metric in self._process.collect():
+        for name, lines in self._by_speech():
+            families[name].lines += lines
+        for metric in self._process.collect() if self._process is not None else ():
             for sample in metric.samples:
                 families[sample.name] = Family(metric.type, metric.documentation, [line(sample.name, self._labels, sample.value)])
         return families
@@ -251,6 +256,12 @@ class DoorMetrics:
             yield f',version="{version or NONE}"', counted
         if self._older.codes:
             yield f',version="{OTHER}"', self._older
+
+    def _by_speech(self) -> Iterator[tuple[str, list[str]]]:
+        for version, counted in self._by_version():
+            if counted.spoken is not None:
+                yield from counted.spoken.lines(f"{self._labels}{version}")
+        yield from self._engines.lines()
 
     def _by_group(self) -> Iterator[tuple[str, _Group]]:
         for (version, name), counted in sorted(self._groups.items()):

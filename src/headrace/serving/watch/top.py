@@ -1,6 +1,6 @@
 """What `headrace top` shows: a service's `/status` as a view for a terminal, or as text.
 
-`/status` is a JSON object. Figures that end in `_per_s`, `p50_s`, `p99_s` and `fill` are of the last ten seconds, and null while unknown;
+`/status` is a JSON object. Figures that end in `_per_s`, `p50_s`, `p99_s`, `fill` and `prefix_hits` are of the last ten seconds, and null while unknown;
 control takes the differences of what doors have counted (`figures.Lately`), so that whoever asks once is told as much as whoever watches.
 Whatever else is counted, is since control began.
 
@@ -15,14 +15,19 @@ Whatever else is counted, is since control began.
         weight, shadow           share of the requests that it answers, and of those mirrored to it
         counts                   a `VersionReport` without latencies, or null: in_flight, queued, answered, errors, rejected, expired, retries, ...
         answered_per_s, errors_per_s, rejected_per_s, expired_per_s, retries_per_s, p50_s, p99_s
+        speech               null, or of streamed answers of OpenAI's interface: ttft_p50_s, ttft_p99_s (to the first token),
+                             itl_p50_s, itl_p99_s (between tokens)
         groups: [
             name, ready, wanted  replicas
             in_flight, queued    requests in its replicas; those of them that no call has begun on
+            background           those of work that nobody waits for, which are not in in_flight
             waiting              requests that doors hold because it has no replica
             shed                 requests turned away on its account
             rows_per_s, calls_per_s, p50_s, p99_s
             fill                 how full calls were, of 1
             memory_bytes         of its largest replica
+            engine               null, or of its language models' engines: running, waiting and sequences (at most running) of all together, kv_cache (how
+                                 full the fullest is, of 1), input_tokens_per_s, output_tokens_per_s, preempted_per_s, prefix_hits (share of 1)
         ]
     ]
     rollout                      null, or how a version takes over: version, kind (rolling, canary, shadow), step, mirror,
@@ -31,6 +36,7 @@ Whatever else is counted, is since control began.
         number, at_s, what, version, why, numbers, text    the latest last
     ]
     door                         the one that was asked: name, in_flight, connections, held_bytes
+    guests                       the same of each service behind these doors, if there are any
 """
 
 from __future__ import annotations
@@ -49,10 +55,15 @@ from headrace.report import count, rate, size
 _EVENTS = 8
 _WIDE = 200  # characters of a line of text
 _SILENT_S = 5.0
+_FULL = 0.95  # of 1, of an engine's memory
 _UNKNOWN = "-"
 _STYLES = {"current": "green", "previous": "dim", "retired": "dim", "failed": "red"}
 _VERSION = (">version", "<state", ">weight", ">mirrored", ">requests/s", ">in flight", ">p50", ">p99", ">errors/s", ">shed/s", ">late/s", ">retries/s")
 _GROUP = (">version", "<group", ">replicas", ">in flight", ">queue", ">rows/s", ">fill", ">p50", ">p99", ">shed", ">memory")
+_ENGINE = (
+    ">version", "<group", ">tokens/s in", ">out", ">TTFT p50", ">TTFT p99", ">ITL p50", ">ITL p99", ">running", ">waiting", ">KV cache", ">cached",
+    ">preempted/s",
+)  # fmt: skip
 
 
 def frame(status: Mapping[str, Any], *, url: str = "", note: str = "") -> RenderableType:
@@ -64,7 +75,8 @@ def frame(status: Mapping[str, Any], *, url: str = "", note: str = "") -> Render
     kinds = _kinds(status)
     rows = [_version(version, kinds.get(version.get("version"), "")) for version in versions]
     groups = [_group(version.get("version"), group) for version in versions for group in _maps(version, "groups")]
-    for heads, cells in ((_VERSION, rows), (_GROUP, groups)):
+    engines = [row for version in versions for group in _maps(version, "groups") if (row := _engine(version, group))]
+    for heads, cells in ((_VERSION, rows), (_GROUP, groups), (_ENGINE, engines)):
         if cells:
             parts += [Text(""), _table(heads, cells)]
     if told := _rollout(status):
@@ -72,6 +84,8 @@ def frame(status: Mapping[str, Any], *, url: str = "", note: str = "") -> Render
     if events := _maps(status, "events")[-_EVENTS:]:
         lines = [Text.assemble((_time(event.get("at_s")), "dim"), "  ", _clean(event.get("text"))) for event in events]
         parts += [Text(""), *lines]
+    for guest in _maps(status, "guests"):
+        parts += [Text(""), frame(guest)]
     return Group(*parts)
 
 
@@ -130,11 +144,31 @@ def _group(version: Any, group: Mapping[str, Any]) -> list[Text]:
         Text(f"{group.get('in_flight', 0):,.0f}"),
         Text(f"{waiting:,}"),
         Text(_rate(group.get("rows_per_s"))),
-        Text(_UNKNOWN if fill is None else f"{fill:.0%}" if fill >= 0.01 or not fill else "<1%"),
+        Text(_part(fill)),
         Text(_time_of(group.get("p50_s"))),
         Text(_time_of(group.get("p99_s"))),
         Text(f"{group.get('shed', 0):,}", style="yellow" if group.get("shed") else ""),
         Text(size(memory) if memory else _UNKNOWN),
+    ]
+
+
+def _engine(version: Mapping[str, Any], group: Mapping[str, Any]) -> list[Text]:
+    """The row of a group whose replicas are language models; nothing for others."""
+    engine, speech = group.get("engine"), version.get("speech")
+    if not isinstance(engine, Mapping):
+        return []
+    speech = speech if isinstance(speech, Mapping) else {}
+    waiting, kv_cache = engine.get("waiting", 0), engine.get("kv_cache")
+    return [
+        Text(str(version.get("version", ""))),
+        Text(_clean(group.get("name"))),
+        *(Text(_rate(engine.get(f"{name}_tokens_per_s"))) for name in ("input", "output")),
+        *(Text(_time_of(speech.get(name))) for name in ("ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s")),
+        Text(f"{engine.get('running', 0):,.0f} of {engine.get('sequences', 0):,.0f}"),
+        Text(f"{waiting:,.0f}", style="yellow" if waiting else ""),
+        Text(_part(kv_cache), style="yellow" if kv_cache is not None and kv_cache >= _FULL else ""),
+        Text(_part(engine.get("prefix_hits"))),
+        _alarm(engine.get("preempted_per_s"), "yellow"),
     ]
 
 
@@ -166,6 +200,10 @@ def _maps(values: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 def _share(value: Any) -> str:
     return f"{value:.{0 if value >= 0.1 else 1}%}".replace(".0%", "%") if value else ""
+
+
+def _part(value: Any) -> str:
+    return _UNKNOWN if value is None else f"{value:.0%}" if value >= 0.01 or not value else "<1%"
 
 
 def _rate(value: Any) -> str:

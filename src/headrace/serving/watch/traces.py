@@ -1,4 +1,4 @@
-"""Traces: a span for each request, one below it for each group that it passed, and three below that for where the time went.
+"""Traces: a span for each request, one below it for each group that it passed, and below that one each for where the time went.
 
 They are on only where the environment names a receiver, as OpenTelemetry has it: `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`.
 The other `OTEL_` variables (headers, sampler, resource attributes, sizes of batches) mean what they mean everywhere.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ServingError
-from headrace.serving.wire import Done
+from headrace.serving.wire import Done, Said
 
 if TYPE_CHECKING:
     from opentelemetry import trace
@@ -115,21 +115,41 @@ class Span:
         """
         if not self._recording:
             return
+        attributes: dict[str, Any] = {"headrace.group": name, "headrace.attempt": attempt, "headrace.replica": replica}
+        parts: dict[str, float] = {}
+        if done is not None:
+            parts = {"queue": done.queue_s, "batch wait": done.wait_s, "compute": done.compute_s}
+            attributes |= {"headrace.rows": done.rows, "headrace.batch_rows": done.batch_rows}
+        self._hop(name, sent_s, parts, attributes, error)
+
+    def talk(
+        self, name: str, came_s: float, said: Said | None, *, waited_s: float = 0.0, attempt: int = 1, replica: str = "", error: str | None = None
+    ) -> None:
+        """As `group`, of a language model's answer: the request came to the group `came_s` after it came here, and waited for a replica with room at first."""
+        if not self._recording:
+            return
+        parts: dict[str, float] = {}
+        if said is not None:
+            parts["queue"] = waited_s + said.queue_s
+            if said.first_s:
+                parts |= {"prefill": max(0.0, said.first_s - said.queue_s), "decode": said.took_s - said.first_s}
+            else:
+                parts["compute"] = max(0.0, said.took_s - said.queue_s)
+        self._hop(name, came_s, parts, {"headrace.group": name, "headrace.attempt": attempt, "headrace.replica": replica}, error)
+
+    def _hop(self, name: str, sent_s: float, parts: Mapping[str, float], attributes: Mapping[str, Any], error: str | None) -> None:
+        """A span from then to now, and in its middle one for each part."""
         from opentelemetry import trace
 
         sent_ns, now_ns = self._at_ns(sent_s), self._at_ns(self.offset_s())
-        attributes: dict[str, Any] = {"headrace.group": name, "headrace.attempt": attempt}
-        if replica:
-            attributes["headrace.replica"] = replica
-        if done is not None:
-            times = {"queue_s": done.queue_s, "batch_wait_s": done.wait_s, "compute_s": done.compute_s}
-            attributes |= {f"headrace.{key}": value for key, value in times.items()} | {"headrace.rows": done.rows, "headrace.batch_rows": done.batch_rows}
+        attributes = {key: value for key, value in attributes.items() if value != ""}
+        attributes |= {f"headrace.{part.replace(' ', '_')}_s": took_s for part, took_s in parts.items()}
         below = trace.set_span_in_context(self._span)
         hop = self._tracer.start_span(name, below, trace.SpanKind.CLIENT, attributes=attributes, start_time=sent_ns)
-        if done is not None and hop.is_recording():
+        if parts and hop.is_recording():
             inside = trace.set_span_in_context(hop)
-            at_ns = sent_ns + max(0, now_ns - sent_ns - round((done.queue_s + done.wait_s + done.compute_s) * 1e9)) // 2
-            for part, took_s in (("queue", done.queue_s), ("batch wait", done.wait_s), ("compute", done.compute_s)):
+            at_ns = sent_ns + max(0, now_ns - sent_ns - round(sum(parts.values()) * 1e9)) // 2
+            for part, took_s in parts.items():
                 end_ns = min(at_ns + round(took_s * 1e9), now_ns)
                 self._tracer.start_span(part, inside, start_time=at_ns).end(end_ns)
                 at_ns = end_ns
@@ -138,12 +158,12 @@ class Span:
             hop.set_status(trace.StatusCode.ERROR, error)
         hop.end(now_ns)
 
-    def end(self, status: int, error: str | None = None, *, version: int | None = None) -> None:
-        """The request is answered, with an HTTP status and the code of the error, if it is one."""
+    def end(self, status: int, error: str | None = None, *, version: int | None = None, attributes: Mapping[str, Any] | None = None) -> None:
+        """The request is answered, with an HTTP status and the code of the error, if it is one; with these attributes, too."""
         if self._recording:
             from opentelemetry import trace
 
-            self._span.set_attribute("http.response.status_code", status)
+            self._span.set_attributes({**(attributes or {}), "http.response.status_code": status})
             if version:
                 self._span.set_attribute("headrace.version", version)
             if error is not None:
