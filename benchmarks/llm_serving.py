@@ -13,8 +13,9 @@ what happens when something fails.
 Closed loops of 1, 8, 32 and 128 streams, each of a chat that is streamed to its end (`ignore_eos`): of equal lengths, and of lengths drawn from a
 trace of real conversations, scaled into the context. Each contender is started for its turn alone, as idle ones use 0.15 cores, and warmed up; the
 order is turned from round to round. The load is a process of its own (`llm_load.py`, which says what TTFT, ITL and TPOT are) on the same machine:
-its share of a core is told, and so are the cores that anything else used meanwhile: with many of these, measure again. CPU is that of all processes
-of the contender, per 1,000 tokens written. Figures are medians over the rounds.
+its share of a core is told, and so are the cores that anything else used meanwhile. Where that is more than a quarter of one, the load is measured
+again, three times at most, and the time with the least counts: look at what is left of it before you quote figures. CPU is that of all processes of
+the contender, per 1,000 tokens written. Figures are medians over the rounds.
 
 `--fill`: of headrace alone, whether a batch in the background (`/v1/files`, `/v1/batches`) costs those who wait: see `llm_fill.py`.
 """
@@ -26,6 +27,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -52,6 +54,7 @@ NAMES = ("vllm", "headrace", "ray serve", "ray serve, direct")
 DIRECT = FAST_RAY | {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
 FIGURES = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "cpu_s_per_1000")
 IDLE_S = 5.0
+OTHERS, TRIES = 0.25, 3
 PIPELINE = """
 import headrace as hr
 
@@ -219,9 +222,13 @@ def measure(server: Server, loads: dict[str, list[dict[str, Any]]], round_: int,
         drive(server, Job(url=endpoint, bodies=bodies, seconds=1.0, settle_s=1.0, streams=min(16, arguments.sequences), number=number))
         for streams in arguments.streams:
             number += 1_000_000
-            job = Job(url=endpoint, bodies=bodies, seconds=arguments.seconds, settle_s=arguments.settle_s, streams=streams, number=number)
-            figures = found[f"{shape} {streams}"] = drive(server, job)
-            print(f"round {round_ + 1}: {server.name:18} {shape:5} {streams:3} {figures}", flush=True)
+            tries: list[dict[str, Any]] = []
+            while not tries or (tries[-1]["other_cores"] > OTHERS and len(tries) < TRIES):
+                begin = number + len(tries) * 100_000
+                job = Job(url=endpoint, bodies=bodies, seconds=arguments.seconds, settle_s=arguments.settle_s, streams=streams, number=begin)
+                tries.append(drive(server, job))
+                print(f"round {round_ + 1}: {server.name:18} {shape:5} {streams:3} {tries[-1]}", flush=True)
+            found[f"{shape} {streams}"] = min(tries, key=lambda one: one["other_cores"])
     return found
 
 
@@ -335,6 +342,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.fill:
         check_fastapi(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the contender would go on when `timeout` ends this
     model = arguments.model or "random weights, 2 layers of 256"
     with tempfile.TemporaryDirectory(prefix="headrace-llm-") as name:
         arguments.model = arguments.model or tiny(Path(name))
