@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -168,9 +169,9 @@ def run_together(deployments: Sequence[Deployment], tell: Tell, *, over: Over) -
         said = tell if len(deployments) == 1 else functools.partial(_tell_of, one.service, tell)
         try:
             one.run(said, over=lambda: over() or failed.is_set())
-        except BaseException:
-            failed.set()
-            raise
+        finally:
+            if sys.exception() is not None:
+                failed.set()
 
     with concurrent.futures.ThreadPoolExecutor(len(deployments)) as pool:
         errors = [error for run in [pool.submit(run, one) for one in deployments] if (error := run.exception()) is not None]
