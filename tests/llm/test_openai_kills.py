@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -105,9 +106,16 @@ def check(outcomes: list[Outcome], expected: dict[tuple[bool, int], str]) -> lis
     return broken
 
 
-def recovered(talk: Endpoint, key: str, *, engines: int = 2, doors: int = 2) -> None:
-    """Wait until all is there again, and works."""
-    until(lambda: len(talk.engines()) == engines and len(talk.doors()) == doors, within_s=READY_S, what="a new process")
+def recovered(talk: Endpoint, key: str) -> None:
+    """Wait until both engines and both doors are there again, and doors ask both engines."""
+
+    def ready() -> bool:
+        with contextlib.suppress(OSError):
+            told = [json.loads(talk.get("/status", key)) for _ in range(8)]  # by chance of both doors
+            return all(version["groups"][-1]["ready"] == 2 for status in told for version in status["versions"])
+        return False
+
+    until(lambda: len(talk.engines()) == len(talk.doors()) == 2 and ready(), within_s=READY_S, what="a new process")
 
     def answers() -> bool:
         with contextlib.suppress(*BROKEN), openai.OpenAI(base_url=talk.base, api_key=key, max_retries=0, timeout=30) as client:
