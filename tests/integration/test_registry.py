@@ -114,7 +114,7 @@ def test_a_batch_job_keeps_to_a_version_and_notices_a_moved_alias(client: Any, m
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "in.parquet")
     pipeline = hr.Pipeline("vectors", hr.models.Embedder(model=f"models:/{minilm}@champion", runtime="torch", size=384, replicas=1, on=hr.cpu(1)))
     report = hr.run(pipeline, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"))
-    assert (report.rows_out, report.rows_dead) == (len(TEXTS), 0)
+    assert (report.rows_out, report.dead_letters) == (len(TEXTS), 0)
     vectors = np.array(pq.read_table(tmp_path / "out")["vector"].to_pylist(), np.float32)
     other = hr.models.Embedder(model=MODEL, runtime="torch", on=hr.cpu(1))
     expected = np.array([row["vector"] for row in hr.Pipeline("vectors", other).local([{"text": text} for text in TEXTS])])
