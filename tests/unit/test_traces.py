@@ -217,10 +217,14 @@ def test_a_receiver_gets_the_spans(receiver: Receiver, environment: pytest.Monke
 def test_a_receiver_that_is_away_holds_nobody_up(environment: pytest.MonkeyPatch) -> None:
     """Closing waits as long as it is told to, and no longer."""
     environment.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:9/v1/traces")
+    environment.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
     traces = Traces.from_environment("reviews")
     assert traces is not None
     traces.begin(None, "POST /reviews").end(200)
     traces.close(timeout_s=0.05)
+    for thread in threading.enumerate():
+        if thread.name == "traces":
+            thread.join(20)  # it asks again after random pauses, and hypothesis wants nobody beside it to draw random numbers
 
 
 @pytest.mark.parametrize(
