@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -21,7 +21,7 @@ from endpoints import Endpoint, until
 
 STREAMS, WHOLES = 20, 20
 LONG, SHORT = 300, 100  # tokens
-BROKEN = (openai.APIError, httpx.HTTPError)  # the client passes on what its transport raises in the middle of an answer
+BROKEN = (openai.APIError, httpx2.HTTPError)  # the client passes on what its transport raises in the middle of an answer
 READY_S = 120  # for what has died to be there again
 
 
