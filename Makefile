@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BENCH ?=
 FAULTS ?=
+LLM ?= tests/llm tests/test_examples.py
 BIN := .venv/bin
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -25,8 +26,8 @@ test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that st
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
 
-test-llm: .venv/.ready-llm ## Run the tests that start an LLM engine, on CPUs and tiny models
-	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m llm tests/llm tests/test_examples.py
+test-llm: .venv/.ready-llm ## Run the tests that start an LLM engine, on CPUs and tiny models (LLM=FILE runs those of a file)
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m llm $(LLM)
 
 check: .venv/.ready-dev ## Check style, types, import rings, and that the reference is up to date
 	$(BIN)/ruff check .
