@@ -1,9 +1,10 @@
 """A batch in the background of an LLM endpoint: what it takes from those who wait, and how much of the engine it gets. Part of `llm_serving.py --fill`.
 
 Three loads of one service, one after the other in each round, all of equal lengths: (1) interactive requests alone, an open loop at a share of
-the rate at which the engine is full; (2) a batch alone, which was uploaded to `/v1/files` and ordered from `/v1/batches`; (3) both at once.
-Told are the interactive TTFT of (3) over that of (1), and the tokens per second of all in (3) over those of (2). A batch's tokens are its
-`request_counts.completed` times the tokens of each answer, all of which are equally long; at the end every answer is looked at.
+the rate at which the engine is full; (3) a batch alone, which was uploaded to `/v1/files` and ordered from `/v1/batches`; (2) both at once.
+Told are the interactive TTFT of (2) over that of (1), and the tokens per second of all in (2) over those of (3). A batch's tokens are its
+`request_counts.completed` times the tokens of each answer, all of which are equally long; at the end every answer is looked at. With a small
+model on a CPU, tokens that are streamed cost much more around the engine than a batch's, which the second ratio has in it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import statistics
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llm_load import PLACE, Job, drive
+from llm_load import PLACE, Job, drive, used
 
 BOUNDARY = "headrace-benchmark"
 BETWEEN_S = 0.2
@@ -43,37 +44,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fill-seconds", type=float, default=20, help="with --fill: of each load that are measured")
 
 
-def measure(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of each load, medians over the rounds, and the two ratios."""
-    url, seconds, settle_s = task.url + task.path, arguments.fill_seconds, arguments.settle_s
+def measure(task: Task, look: Callable[[], tuple[float, float]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of each load in each round, and the ratios, medians over the rounds. `look` tells CPU times: see `llm_load.used`."""
+    seconds, settle_s, output = arguments.fill_seconds, arguments.settle_s, arguments.output_tokens
+    url = task.url + task.path
     job = Job(url=url, bodies=task.streamed, seconds=arguments.seconds, settle_s=settle_s, streams=arguments.sequences)
-    full, _, _ = drive(job, time.perf_counter)
-    per_s = full["tokens_per_s"] / arguments.output_tokens
+    full, before, after = drive(job, look)
+    full |= used(before, after, job.seconds, full["load_cores"])
+    per_s = full["tokens_per_s"] / output
     print(f"full, {arguments.sequences} streams: {per_s:.1f} requests/s {full}", flush=True)
     rounds: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         due_s = arrivals(arguments, arguments.share * per_s, settle_s + seconds, number)
         open_ = {"url": url, "bodies": task.streamed, "seconds": seconds, "settle_s": settle_s, "due_s": due_s}
-        alone, _, _ = drive(Job(**open_, number=(number + 1) * 10_000_000), time.perf_counter)
+        alone, before, after = drive(Job(**open_, number=(number + 1) * 10_000_000), look)
+        alone |= used(before, after, seconds, alone["load_cores"])
         print(f"round {number + 1}: interactive alone {alone}", flush=True)
         batch = Batch.order(task, lines=round(per_s * (2 * (seconds + settle_s) + 15) * 1.5), number=number)
         try:
             batch.begun()
             time.sleep(settle_s)
-            before = batch.completed()
+            begun, before = batch.completed(), look()
             time.sleep(seconds)
-            batch_per_s = rate(before, batch.completed()) * arguments.output_tokens
-            print(f"round {number + 1}: batch alone {batch_per_s:.1f} tokens/s", flush=True)
-            both, before, after = drive(Job(**open_, number=(number + 1) * 10_000_000 + 5_000_000), batch.completed)
+            only = {"tokens_per_s": round(rate(begun, batch.completed()) * output, 1), **used(before, look(), seconds)}
+            print(f"round {number + 1}: batch alone {only}", flush=True)
+            both, early, late = drive(Job(**open_, number=(number + 1) * 10_000_000 + 5_000_000), lambda: (batch.completed(), look()))  # noqa: B023
         finally:
             batch.cancel()
-        both["batch_tokens_per_s"] = round(rate(before, after) * arguments.output_tokens, 1)
+        both |= used(early[1], late[1], seconds, both["load_cores"])
+        both["batch_tokens_per_s"] = round(rate(early[0], late[0]) * output, 1)
         both["all_tokens_per_s"] = round(both["batch_tokens_per_s"] + both["tokens_per_s"], 1)
         print(f"round {number + 1}: interactive with a batch behind it {both}", flush=True)
-        rounds.append({"alone": alone, "batch_tokens_per_s": round(batch_per_s, 1), "both": both, "answers": batch.answers(arguments.output_tokens)})
+        rounds.append({"alone": alone, "batch": only, "both": both, "answers": batch.answers(output)})
     ratios = [
         {f"ttft_p{q}": one["both"][f"ttft_p{q}_ms"] / one["alone"][f"ttft_p{q}_ms"] for q in (50, 99)}
-        | {"tokens": one["both"]["all_tokens_per_s"] / one["batch_tokens_per_s"]}
+        | {"tokens": one["both"]["all_tokens_per_s"] / one["batch"]["tokens_per_s"]}
         for one in rounds
     ]
     middle = {key: round(statistics.median(one[key] for one in ratios), 3) for key in ratios[0]}
@@ -168,14 +173,13 @@ def ask(url: str, body: bytes | None = None, kind: str = "application/json") -> 
 
 
 def tell(results: dict[str, Any]) -> None:
-    """The ratios, and the figures of the last round."""
-    last = results["rounds"][-1]
-    for name, one in (("interactive alone", last["alone"]), ("with a batch behind it", last["both"])):
-        ttft = f"TTFT p50 {one['ttft_p50_ms']} ms, p99 {one['ttft_p99_ms']} ms"
-        print(f"{name:24} {one['requests']:6} requests, {sum(one['failed'].values())} failed, {ttft}")
-    both = last["both"]
-    print(f"lines of batches that were answered in all {sum(one['answers']['answered'] for one in results['rounds'])}, ", end="")
-    print(f"of these not as asked {sum(one['answers']['wrong'] for one in results['rounds'])}")
-    print(f"batch alone {last['batch_tokens_per_s']} tokens/s; both {both['all_tokens_per_s']}, of which the batch {both['batch_tokens_per_s']}")
+    """The figures of each round, and the ratios."""
+    for one in results["rounds"]:
+        for name, part in (("interactive alone", one["alone"]), ("with a batch behind it", one["both"])):
+            ttft = f"TTFT p50 {part['ttft_p50_ms']} ms, p99 {part['ttft_p99_ms']} ms"
+            print(f"{name:24} {part['requests']:6} requests, {sum(part['failed'].values())} failed, {ttft}; others {part['other_cores']} cores")
+        both = f"both {one['both']['all_tokens_per_s']}, of which the batch {one['both']['batch_tokens_per_s']}"
+        print(f"batch alone {one['batch']['tokens_per_s']} tokens/s; {both}; others beside the batch {one['batch']['other_cores']} cores")
+        print(f"lines of the batch: {one['answers']['answered']} answered, {one['answers']['wrong']} of them not as asked")
     ratios = results["ratios"]
     print(f"both over alone, medians: TTFT p50 {ratios['ttft_p50']} times, p99 {ratios['ttft_p99']} times; tokens/s {ratios['tokens']} times")

@@ -240,6 +240,12 @@ def drive(job: Job, between: Callable[[], Any]) -> tuple[dict[str, Any], Any, An
         return json.loads(process.stdout.readline()), *marks
 
 
+def used(before: tuple[float, float], after: tuple[float, float], seconds: float, load_cores: float = 0.0) -> dict[str, float]:
+    """The cores that a server used, and those that neither it nor the load did, from two looks at its CPU time and at the machine's."""
+    own_s, busy_s = (late - early for early, late in zip(before, after, strict=True))
+    return {"cores": round(own_s / seconds, 3), "other_cores": round((busy_s - own_s) / seconds - load_cores, 3)}
+
+
 def main() -> None:
     work = Load(Job(**json.load(sys.stdin)))
     used_s, started_s = time.process_time(), time.perf_counter()

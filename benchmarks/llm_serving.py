@@ -32,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -140,21 +140,24 @@ def serving(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
         yield Server(name, url, found[0], processes)
 
 
-def drive(server: Server, job: Job) -> dict[str, Any]:
-    """The figures of a load, with the cores that the contender's processes used, and those that nobody here did: others on this machine."""
+def watch(server: Server) -> Callable[[], tuple[float, float]]:
+    """What tells the CPU time that the contender's processes have used, and that of the whole machine."""
     processes = server.alive()
 
     def look() -> tuple[float, float]:
         times = psutil.cpu_times()
         return cpu_s(processes), sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests' are in the users', too
 
-    figures, before, after = llm_load.drive(job, look)
+    return look
+
+
+def drive(server: Server, job: Job) -> dict[str, Any]:
+    """The figures of a load, with the cores that the contender used, and those that nobody here did: others on this machine."""
+    figures, before, after = llm_load.drive(job, watch(server))
     if not figures["tokens"]:
         raise RuntimeError(f"{server.name} wrote nothing: {figures['failed']}")
-    used_s, busy_s = (late - early for early, late in zip(before, after, strict=True))
-    figures["cores"] = round(used_s / job.seconds, 3)
-    figures["other_cores"] = round((busy_s - used_s) / job.seconds - figures["load_cores"], 3)
-    figures["cpu_s_per_1000"] = round(used_s / figures["tokens"] * 1000, 4)
+    figures |= llm_load.used(before, after, job.seconds, figures["load_cores"])
+    figures["cpu_s_per_1000"] = round((after[0] - before[0]) / figures["tokens"] * 1000, 4)
     return figures
 
 
@@ -286,7 +289,7 @@ def fill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bodies = [prompts.body(arguments.input_tokens, arguments.output_tokens) for _ in range(256)]
     with serving("headrace", arguments, folder) as server:
         task = llm_fill.Task(server.url, PATHS[arguments.api], [{"model": server.model, **body} for body in bodies], streamed(bodies, server.model))
-        return llm_fill.measure(task, arguments)
+        return llm_fill.measure(task, watch(server), arguments)
 
 
 def tiny(folder: Path) -> str:
