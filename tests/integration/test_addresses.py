@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_service import Served, until
 
@@ -24,6 +26,19 @@ import headrace as hr
 from addresses import Named
 
 {name} = hr.Pipeline({name!r}, Named(model={model!r}, words={words}))
+"""
+
+
+ROWS = """
+import headrace as hr
+
+
+@hr.stage(out={"length": int})
+def length(text: hr.Column[str]):
+    return {"length": [len(each) for each in text]}
+
+
+rows = hr.Pipeline("rows", length)
 """
 
 
@@ -110,6 +125,19 @@ def test_a_name_that_is_taken_is_refused(several: Several):
     assert done.returncode == 2 and "it is behind 'alpha'; say --behind alpha" in done.stderr, done.stderr
     done = several.run("serve", "alpha.py", "--behind", "alpha")
     assert done.returncode == 2 and "service 'alpha' runs already, with doors of its own" in done.stderr, done.stderr
+
+
+def test_rows_behind_the_same_address_pass_their_gate(several: Several):
+    (several.folder / "rows.py").write_text(ROWS)
+    pq.write_table(pa.table({"text": ["a", "bcd"], "length": [1, 3]}), several.folder / "golden.parquet")
+    done = several.run("serve", "rows.py", "--behind", "alpha", "--gate", "golden.parquet")
+    assert done.returncode == 0, done.stderr
+    assert "version 1 gate passed" in done.stderr and f"rows answers at {several.url}/rows" in done.stderr, done.stderr
+    assert several.get("/rows/schema")["pipeline"] == "rows"
+    done = several.run("stop", "rows")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        several.get("/rows/schema")
 
 
 def test_one_is_updated_while_the_other_answers_and_a_door_dies(several: Several):
