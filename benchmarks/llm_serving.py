@@ -57,6 +57,11 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 NAMES = ("vllm", "headrace", "ray serve", "ray serve, direct")
 DIRECT = FAST_RAY | {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
 FIGURES = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "cpu_s_per_1000")
+SIZES = {
+    "tiny": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 512},
+    "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "inner": 1536},
+}
+"""Of models with random weights: the small one has ten times as many, with the same way to it and back."""
 IDLE_S = 5.0
 OTHERS, TRIES = 0.25, 3
 PIPELINE = """
@@ -116,7 +121,18 @@ def contender(name: str, port: int, arguments: argparse.Namespace, folder: Path)
         file = folder / "llm.py"
         on = "hr.gpu(1)" if arguments.device == "cuda" else "hr.cpu(1)"
         file.write_text(PIPELINE.format(model=arguments.model, on=on, sequences=arguments.sequences, engine=engine))
-        options = ["--port", str(port), "--log", "off", "--latency", "120s", "--deadline", "300s", "--files", str(folder / "files")]
+        options = [
+            "--port",
+            str(port),
+            "--log",
+            "off",
+            "--latency",
+            "120s",
+            "--deadline",
+            "300s",
+        ]
+        if arguments.fill:
+            options += ["--files", str(folder / "files"), "--background", arguments.background]
         return Contender(name, (([PYTHON, "-m", "headrace", "serve", str(file), *options], variables),))
     given = {key: value for key, value in given.items() if key not in ("model", "served_model_name")}
     app = {"name": "bench", "model": arguments.model, "engine": given, "variables": variables, "device": arguments.device}
@@ -335,12 +351,12 @@ def fill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return llm_fill.measure(task, watch(server), arguments)
 
 
-def tiny(folder: Path) -> str:
-    """The model of the tests."""
+def random_model(folder: Path, shape: dict[str, int]) -> str:
+    """Of the tests' kind, with random weights."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import tiny_llm
 
-    return tiny_llm.make(folder / "models").lm
+    return tiny_llm.language_model(folder / "model", tiny_llm.Shape(**shape))
 
 
 def check_fastapi(arguments: argparse.Namespace) -> None:
@@ -367,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=NAMES, action="append", help="a contender; repeatable; by default the first three")
     parser.add_argument("--model", help="a folder or a name on the hub; by default one with random weights, made for this run")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the one with random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the engine on a CPU; one by default, as Ray has it for hr.cpu(1)")
     parser.add_argument("--api", choices=PATHS, default="chat")
@@ -389,9 +406,9 @@ def main() -> None:
     if not arguments.fill:
         check_fastapi(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the contender would go on when `timeout` ends this
-    model = arguments.model or "random weights, 2 layers of 256"
+    model = arguments.model or "random weights, {layers} layers of {hidden}".format_map(SIZES[arguments.size])
     with tempfile.TemporaryDirectory(prefix="headrace-llm-") as name:
-        arguments.model = arguments.model or tiny(Path(name))
+        arguments.model = arguments.model or random_model(Path(name), SIZES[arguments.size])
         results = fill(arguments, Path(name)) if arguments.fill else grid(arguments, Path(name))
     (llm_fill.tell if arguments.fill else tell)(results)
     if arguments.save:
@@ -409,7 +426,9 @@ def save(results: dict[str, Any], model: str, arguments: argparse.Namespace) -> 
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions(arguments.packages), "model": model, "arguments": kept}
     file = RESULTS / ("llm_serving.json" if arguments.device == "cpu" else f"llm_serving_{arguments.device}.json")
     before = json.loads(file.read_text()) if file.is_file() else {}
-    parts = {"fill": results} if arguments.fill else by_lengths(results)
+    parts = {f"fill {arguments.background}": results} if arguments.fill else by_lengths(results)
+    if arguments.size != "tiny":
+        parts = {f"{arguments.size}: {part}": found for part, found in parts.items()}
     file.write_text(json.dumps(before | {part: content | found for part, found in parts.items()}, indent=1) + "\n")
 
 
