@@ -84,7 +84,7 @@ def test_a_stream(engine: Engine):
 def test_what_a_request_comes_to_is_known_also_of_one_that_ends_early(engine: Engine):
     async def early() -> tuple[Spent, Spent, int]:
         whole, part = Spent(), Spent()
-        await chat(engine, body(n=2, ignore_eos=True), spent=whole)
+        await chat(engine, body(n=2, temperature=1.0, ignore_eos=True), spent=whole)
         events = await chat(engine, body(max_tokens=200, ignore_eos=True, stream=True), spent=part)
         for _ in range(6):
             await anext(events)
@@ -128,6 +128,13 @@ def test_priorities_go_first(engine: Engine):
         return ended
 
     assert engine.call(race()).index("urgent") < 40
+
+
+def test_a_prompt_with_a_seed_may_be_read_in_parts(engine: Engine):
+    asked = body("word " * 380, seed=7, temperature=1.0, max_tokens=24, ignore_eos=True)
+    whole = content(engine.call(chat(engine, asked)))
+    parts = content(engine.call(chat(engine, {**asked, "cache_salt": "anew"}, priority=FILLER)))  # of at most 256 tokens
+    assert parts == whole != content(engine.call(chat(engine, {**asked, "seed": 8})))
 
 
 def test_background_sequences_wait_between_steps_and_lose_nothing(engine: Engine):

@@ -34,10 +34,10 @@ class Yielding(Scheduler):  # type: ignore[misc]
 
     def schedule(self, *given: Any, **named: Any) -> Any:
         """The next step."""
-        better = [request for request in self.requests.values() if request.priority < RIDER and request.status in _ABLE]
-        if self._stuck or len(better) == len(self.requests) or self.kv_cache_manager.usage > _FULL:
+        if self._stuck or all(request.priority < RIDER for request in self.requests.values()) or self.kv_cache_manager.usage > _FULL:
             self._stuck = False
             return super().schedule(*given, **named)
+        better = [request for request in self.requests.values() if request.priority < RIDER and request.status in _ABLE]
         reading = any(request.num_computed_tokens < request.num_prompt_tokens for request in better)
         least = RIDER if reading else FILLER if better else math.inf
         running, places, budget = self.running, self.max_num_running_reqs, self.max_num_scheduled_tokens
