@@ -26,8 +26,8 @@ _QUIETLY = {
 
 
 @contextlib.contextmanager
-def asking(asked: str, *, make: bool = False, error: type[HeadraceError] = SettingError) -> Iterator[Any]:
-    """mlflow, whose errors are told as ours; `asked` opens the message. Only with `make` a registry in a file is begun where there is none.
+def asking(asked: str, *, make: bool = False, error: type[HeadraceError] = SettingError, verb: str = "be had from") -> Iterator[Any]:
+    """mlflow, whose errors are told as ours; `asked` and `verb` open the message. Only with `make` a registry in a file is begun where there is none.
 
     Raises:
         `error`: mlflow is missing, the registry is not there or out of reach, or it refuses.
@@ -45,15 +45,15 @@ def asking(asked: str, *, make: bool = False, error: type[HeadraceError] = Setti
         package = "'headrace[registry]'" if missing.name == "mlflow" else "mlflow"  # a registry in a database needs more than the client
         raise error(f"{asked} needs {missing.name}, which is not installed: pip install {package}") from missing
     except _failures() as failed:
-        raise error(f"{asked} cannot be had from the MLflow registry at {_bare(uri)}: {_bare(str(failed))}; {_SET}") from failed
+        raise error(f"{asked} cannot {verb} the MLflow registry at {_bare(uri)}: {_bare(str(failed))}; {_SET}") from failed
     finally:
         for name in given:
             os.environ.pop(name, None)
 
 
-def changing(what: str) -> contextlib.AbstractContextManager[Any]:
-    """mlflow, to write with; a registry in a file is begun where there is none. `what` opens messages, which are RegistryErrors."""
-    return asking(what, make=True, error=RegistryError)
+def changing(what: str, *, make: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """mlflow, to write with; `what` opens messages, which are RegistryErrors. See `asking`."""
+    return asking(what, make=make, error=RegistryError, verb="be kept in")
 
 
 def reading(what: str) -> contextlib.AbstractContextManager[Any]:

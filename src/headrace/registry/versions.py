@@ -50,7 +50,7 @@ def locate(uri: str, what: str = "model") -> Located:
         except mlflow.MlflowException as error:
             if error.error_code not in ABSENT:
                 raise
-            raise SettingError(f"{what}={uri!r}: {_absent(client, mlflow, address)}") from error
+            raise SettingError(f"{what}={uri!r}: {absent(client, mlflow, address)}") from error
         uri = client.get_model_version_download_uri(found.name, str(found.version))
         return Located(uri, found.name, str(found.version), found.tags.get(DIGEST, ""))
 
@@ -96,7 +96,7 @@ def _fill(located: Located, what: str, folder: Path) -> None:
         folders.check(folder, located.digest, what)
 
 
-def _absent(client: Any, mlflow: Any, address: Address) -> str:
+def absent(client: Any, mlflow: Any, address: Address) -> str:
     """What a registry holds in place of what was asked for."""
     name = address.name
     try:
