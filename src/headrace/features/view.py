@@ -53,8 +53,8 @@ class FeatureView:
         features: names and aggregates, see `hr.features`; a column's name alone is the last value of it.
         pipeline: row stages that the events pass first; the other columns may be what it writes.
         delay: how late an event is known after it happened, such as `"1d"`; features may say otherwise for themselves.
-        ttl: for how long the newest event that is known tells something; after that the key is as good as unknown, and every feature has
-            its default. None for always.
+        ttl: for how long the newest event that is known tells something. From its time plus `ttl` on the key is as good as unknown, and
+            every feature has its default. None for always.
 
     Raises:
         DefinitionError: a name, a feature or a duration is none, or names collide.
