@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from headrace import models
     from headrace.client import Client
     from headrace.features import FeatureView as FeatureView
+    from headrace.features import training_set as training_set
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
@@ -75,6 +76,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("headrace.llms"), name)
     if name in ("features", "models"):
         return importlib.import_module(f"headrace.{name}")
-    if name == "FeatureView":
-        return importlib.import_module("headrace.features").FeatureView
+    if name in ("FeatureView", "training_set"):
+        return getattr(importlib.import_module("headrace.features"), name)
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -12,6 +12,23 @@ a row per key). `FeatureView` says what counts, and when.
 
 from headrace.features.aggregates import Feature, count, distinct, last, max, mean, min, quantile, sum
 from headrace.features.asof import as_of, latest, left_out
+from headrace.features.training import training_set
 from headrace.features.view import FeatureView, schema_of
 
-__all__ = ["Feature", "FeatureView", "as_of", "count", "distinct", "last", "latest", "left_out", "max", "mean", "min", "quantile", "schema_of", "sum"]
+__all__ = [
+    "Feature",
+    "FeatureView",
+    "as_of",
+    "count",
+    "distinct",
+    "last",
+    "latest",
+    "left_out",
+    "max",
+    "mean",
+    "min",
+    "quantile",
+    "schema_of",
+    "sum",
+    "training_set",
+]

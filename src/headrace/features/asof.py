@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,18 @@ from headrace.features.view import FeatureView, check_key, check_time, schema_of
 from headrace.features.windows import Windows
 
 
-def as_of(view: FeatureView, labels: pa.Table, events: pa.Table, *, key: str | Sequence[str] | None = None, time: str | None = None) -> pa.Table:
+class Columns(Protocol):
+    """What is asked of events: a table, or something that fetches each column when it is needed."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types."""
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        """A column."""
+
+
+def as_of(view: FeatureView, labels: pa.Table, events: Columns, *, key: str | Sequence[str] | None = None, time: str | None = None) -> pa.Table:
     """The labels in their order, and beside them each feature as it was known at the label's own time; see `FeatureView`.
 
     Args:
@@ -42,7 +54,7 @@ def as_of(view: FeatureView, labels: pa.Table, events: pa.Table, *, key: str | S
     return labels
 
 
-def latest(view: FeatureView, events: pa.Table, *, at: dt.datetime) -> pa.Table:
+def latest(view: FeatureView, events: Columns, *, at: dt.datetime) -> pa.Table:
     """What is known at an instant: a row for each key of which anything is known, sorted by key.
 
     The columns are those of the key, the time of the newest event that is known, and the features. `at` without a zone is UTC.
@@ -51,7 +63,7 @@ def latest(view: FeatureView, events: pa.Table, *, at: dt.datetime) -> pa.Table:
         WiringError, SourceError: as `as_of`.
     """
     types = schema_of(view, events.schema)
-    keys = events.select(list(view.key)).group_by(list(view.key), use_threads=False).aggregate([]).drop_null()
+    keys = pa.table({name: events[name] for name in view.key}).group_by(list(view.key), use_threads=False).aggregate([]).drop_null()
     keys = keys.sort_by([(name, "ascending") for name in view.key]) if keys.num_rows else keys
     instant = at if at.tzinfo else at.replace(tzinfo=dt.UTC)
     when = pa.array([instant], pa.timestamp("us", "UTC")).take(pa.array(np.zeros(keys.num_rows, np.int64)))
@@ -97,13 +109,13 @@ def _newest(view: FeatureView, placed: Order) -> tuple[Ints, Flags]:
     return np.where(there, until - 1, 0), there
 
 
-def _features(view: FeatureView, types: pa.Schema, placed: Order, events: pa.Table) -> dict[str, pa.Array]:
+def _features(view: FeatureView, types: pa.Schema, placed: Order, events: Columns) -> dict[str, pa.Array]:
     """The values of each feature, in the order of the labels' rows."""
     back = _back(placed)
     alive = _alive(view, placed)
-    columns: dict[str, Windows] = {}
+    column, windows = None, None
     values: dict[str, pa.Array] = {}
-    for name, feature in view.specs.items():
+    for name, feature in sorted(view.specs.items(), key=lambda item: item[1].column or ""):  # so that one column is held at a time
         what, late = f"feature view {view.name!r}, feature {name!r}", view.delay_of(name)
         lo, hi = placed.since(late, feature.over), placed.until(late)
         if alive is not None:
@@ -111,11 +123,12 @@ def _features(view: FeatureView, types: pa.Schema, placed: Order, events: pa.Tab
         if feature.column is None:
             values[name] = pa.array((hi - lo)[back])
             continue
-        if feature.column not in columns:
-            columns[feature.column] = Windows(events[feature.column], placed)
-        found, there = columns[feature.column].aggregate(feature, lo, hi, what=what)
+        if windows is None or feature.column != column:
+            windows, column = None, feature.column
+            windows = Windows(events[feature.column], placed)
+        found, there = windows.aggregate(feature, lo, hi, what=what)
         values[name] = _filled(found, there, back, feature.default_as(types.field(name).type, what))
-    return values
+    return {name: values[name] for name in view.specs}
 
 
 def _alive(view: FeatureView, placed: Order) -> Flags | None:
