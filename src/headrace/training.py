@@ -30,11 +30,15 @@ class Training:
             weights = np.zeros(2)
             if folder := run.resume():
                 weights = np.load(folder / "weights.npy")
+
+            def save(folder):
+                np.save(folder / "weights.npy", weights)
+
             for batch in shard.batches(64):
                 error = batch["x"] @ weights - batch["y"]
                 weights -= settings.lr * batch["x"].T @ error / len(error)
                 run.report(loss=(error**2).mean())
-                run.checkpoint(lambda folder: np.save(folder / "weights.npy", weights))
+                run.checkpoint(save)
 
         prices = hr.Training("prices", fit, data=prepare, keep=["y"], settings=Settings(lr=0.1), epochs=3)
 

@@ -11,8 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.arrays import to_stage
-from headrace.columns import from_arrow
 from headrace.errors import ContractError, SettingError, check_number
 from headrace.lineage import HIDDEN
 from headrace.loops.position import Position
@@ -63,8 +61,8 @@ class Shard:
         """The rows in batches of `size`, each a dictionary of columns; the last one may be smaller.
 
         Numbers are numpy arrays of shape (rows,), vectors of one length are (rows, length); both may be written to, and
-        `torch.from_numpy` takes them without a copy. All else is a list. A null is NaN in a column of floating-point numbers, and
-        None in lists; whole numbers and truth values must have none.
+        `torch.from_numpy` takes them without a copy. Vectors of several lengths are a list of arrays, and all else is a list. A null is NaN
+        among floating-point numbers, and None in a list; whole numbers and truth values must have none.
 
         Args:
             size: rows in a batch, of this worker.
@@ -78,7 +76,7 @@ class Shard:
         filled = 0
         asked_s = time.perf_counter()
         for data in self._opening("batches"):
-            columns, at = _columns(data), 0
+            columns, at = _columns(data) if data.num_rows else {}, 0
             while at < data.num_rows:
                 taken = min(size - filled, data.num_rows - at)
                 parts.append((columns, at, at + taken))
@@ -146,18 +144,31 @@ def _columns(data: pa.Table) -> Batch:
 
 
 def _values(name: str, column: pa.ChunkedArray) -> Any:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if array.null_count and pa.types.is_floating(array.type):
-        array = pc.fill_null(array, math.nan)
-    if array.null_count and (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)):
+    if _is_number(array.type):
+        return _numbers(name, array)
+    vectors = pa.types.is_fixed_size_list(array.type) or pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if array.null_count or not vectors or not _is_number(array.type.value_type):
+        return array.to_pylist()
+    flat = _numbers(name, array.flatten())
+    if pa.types.is_fixed_size_list(array.type):
+        return flat.reshape(len(array), array.type.list_size)
+    bounds = array.offsets.to_numpy()
+    return np.split(flat, (bounds - bounds[0])[1:-1])
+
+
+def _numbers(name: str, array: pa.Array) -> np.ndarray[Any, Any]:
+    if array.null_count and not pa.types.is_floating(array.type):
         raise ContractError(f"column {name!r} of the training has {array.null_count} nulls, and {array.type} has no value for them; fill them in a stage")
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type):
-        return array.to_numpy(zero_copy_only=False)
-    return to_stage(array, from_arrow(array.type)) if not array.null_count else array.to_pylist()
+    filled = pc.fill_null(array, pa.scalar(math.nan, array.type)) if array.null_count else array
+    numbers: np.ndarray[Any, Any] = filled.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _joined(parts: list[Any]) -> Any:
