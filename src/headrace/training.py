@@ -123,6 +123,12 @@ class Training:
         """The settings and their values."""
         return {} if self.settings is None else {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings) if field.init}
 
+    def kept(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the input's columns `names` that reach the loop untouched."""
+        if self.keep != "all" and (self.keep or self.data is not None):
+            return tuple(self.keep)
+        return tuple(name for name in names if self.data is None or name not in self.data.outputs)
+
     def with_settings(self, **values: Any) -> Training:
         """The same training with other values for some settings (already of the right types).
 

@@ -64,7 +64,7 @@ class TrainingProgress:
 
 def frame(report: TrainingReport) -> RenderableType:
     """The live view: how far the training is, how fast, how long it waits for rows, and its metrics."""
-    done = min(1.0, report.rows_in / report.rows) if report.rows else 0.0
+    done = min(1.0, (report.rows_before + report.rows_in) / report.rows) if report.rows else 0.0
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(report.training, style="bold"),

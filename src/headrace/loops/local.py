@@ -108,7 +108,7 @@ def prepared(training: Training, rows: Any) -> pa.Table:
     pipeline = training.data
     if not whole.num_rows:
         raise WiringError(f"training {training.name!r}: there are no rows")
-    kept = _kept(training, whole.column_names)
+    kept = training.kept(whole.column_names)
     wanted: Mapping[str, Any] = {**dict.fromkeys(kept, ANY), **(pipeline.kept(kept) | dict(pipeline.inputs) if pipeline else {})}
     arrays = {}
     for name, column in wanted.items():
@@ -126,12 +126,6 @@ def prepared(training: Training, rows: Any) -> pa.Table:
         data = Worker([stage], overlap=False)(data)
     data = data.select(list(dict.fromkeys([*kept, *(pipeline.outputs if pipeline else ())])))
     return trace(data, 0, np.arange(data.num_rows))
-
-
-def _kept(training: Training, names: Sequence[str]) -> tuple[str, ...]:
-    """The input columns that the loop gets as they are."""
-    everything = training.keep == "all" or (training.data is None and not training.keep)
-    return tuple(names) if everything else tuple(training.keep)
 
 
 def _tables(training: Training, data: pa.Table, taken: position.Taken) -> Iterator[pa.Table]:

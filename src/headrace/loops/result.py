@@ -127,10 +127,11 @@ _MACHINE = [one.name for one in dataclasses.fields(Machine) if one.name not in (
 class TrainingReport:
     """What a training did, and how it fared. Of this run, but for `step` and `metrics`, which count from the beginning.
 
-    `state` is `running`, `succeeded`, `stopped` or `failed`, the last with an `error`. `rows_in` are rows that the workers were given,
-    over all epochs; `rows_per_s` is from their first to their last. `wait_share` is the part of the workers' time in which they waited for
-    rows (0 to 1), `saving_s` how long checkpoints kept the first worker. `restarts` counts how often the workers were started again.
-    `curves` has (step, seconds since the start, value) for each metric. `failures` are rows left out because a stage failed on them.
+    `state` is `running`, `succeeded`, `stopped` or `failed`, the last with an `error`. `rows` are those of all epochs, `rows_in` those that the
+    workers were given, `rows_before` those that they had been given by earlier runs; `rows_per_s` is from their first to their last.
+    `wait_share` is the part of the workers' time in which they waited for rows (0 to 1), `saving_s` how long checkpoints kept the first
+    worker. `restarts` counts how often the workers were started again. `curves` has (step, seconds since the start, value) for each
+    metric. `failures` are rows left out because a stage failed on them.
     """
 
     training: str
@@ -141,6 +142,7 @@ class TrainingReport:
     started_s: float
     rows: int | None
     rows_in: int
+    rows_before: int
     step: int
     workers: int
     restarts: int
@@ -179,6 +181,7 @@ class TrainingReport:
             started_s=begun_s,
             rows=started.rows if started else None,
             rows_in=sums.rows,
+            rows_before=started.before if started else 0,
             step=sums.step,
             workers=sums.workers,
             restarts=max(0, sums.starts - 1),

@@ -120,8 +120,7 @@ class Fit:
         wanted = input if isinstance(input, Input) else Input(input)
         source = open_source(wanted)
         pipeline = training.data or Pipeline.without_stages(training.name)
-        everything = training.keep == "all" or (training.data is None and not training.keep)
-        kept = tuple(name for name in source.schema.names if name not in pipeline.outputs) if everything else tuple(training.keep)
+        kept = training.kept(source.schema.names)
         columns = {**dict.fromkeys(kept, ANY), **pipeline.kept(kept), **pipeline.inputs}
         countable = source.rows is not None and wanted.where is None
         source = select(source, columns, pipeline=training.name, where=wanted.where, limit=wanted.limit or (None if countable else _ALL))
@@ -219,7 +218,9 @@ class Fit:
     def _started(self, run: str, asked_s: float) -> RunStarted:
         versions = (("headrace", __version__), ("ray", ray.__version__), ("pyarrow", pa.__version__), ("python", platform.python_version()))
         total = (self.source.rows or 0) * self.training.epochs
-        return RunStarted(self.training.name, tuple(self.request["input"]), self.place.uri, run, asked_s, total, 0, versions)
+        last = trainers.latest(self.home)
+        before = read(last)[0].rows if last else 0
+        return RunStarted(self.training.name, tuple(self.request["input"]), self.place.uri, run, asked_s, total, before, versions)
 
     def _work(self, plan: Plan, shape: trainers.Shape, record: TrainingRecord, held: Ledger) -> Notes:
         """Run the loop to its end; what its last checkpoint says."""
