@@ -130,7 +130,7 @@ def test_two_workers_are_given_every_row_once_in_every_epoch(source, tmp_path):
 
     def kill(new):
         events.extend(new)
-        saved = [event for event in events if isinstance(event, CheckpointSaved) and event.step >= 10]
+        saved = [event for event in events if isinstance(event, CheckpointSaved) and event.step >= 20]
         starts = [event for event in events if isinstance(event, WorkersStarted)]
         if saved and len(starts) == 1 and not killed.is_set():
             killed.set()
@@ -140,7 +140,7 @@ def test_two_workers_are_given_every_row_once_in_every_epoch(source, tmp_path):
     killed = threading.Event()
     result = hr.train(training, input=source, output=str(tmp_path / "out"), watch=kill)
     starts = [event for event in events if isinstance(event, WorkersStarted)]
-    assert killed.is_set() and len(starts) == 2 and starts[1].step >= 10 and starts[1].step % 5 == 0
+    assert killed.is_set() and len(starts) == 2 and starts[1].step >= 5 and starts[1].step % 5 == 0  # what is sent off may not have arrived
     assert result.record.restarts == 1 and result.record.step == 2 * ROWS // 2 // 40
     given = []
     for name in os.listdir(marks):
