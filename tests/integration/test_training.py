@@ -260,3 +260,20 @@ def test_torch_on_two_workers_ends_where_one_does(table, source, tmp_path):
     assert result.record.step == alone.record.step == 80 and result.record.workers == 2
     assert weights(tmp_path / "out") == pytest.approx([2, -3], abs=1e-3)
     assert weights(tmp_path / "out") == pytest.approx(np.load(f"{alone.checkpoint}/weights.npy"), abs=1e-3)
+
+
+def test_a_sweep_finds_the_best_settings_and_goes_on_where_it_was(source, tmp_path):
+    """Trials side by side, each a training of its own; one whose loop raises costs no other."""
+    training = line(settings=Settings(), epochs=1)
+    out = str(tmp_path / "out")
+    space = ["lr=0.001|0.2|1e9"]  # too slow, right, and far off: its numbers overflow
+    first = hr.sweep(training, input=source, output=out, space=space, trials=2)
+    second = hr.sweep(training, input=source, output=out, space=space, trials=3)
+    assert [trial.settings for trial in second.trials][:2] == [trial.settings for trial in first.trials]
+    assert {trial.settings["lr"] for trial in second.trials} == {0.001, 0.2, 1e9}
+    assert second.best is not None and second.best.settings == {"lr": 0.2} and second.best.metrics["loss"] < 0.01
+    assert np.load(f"{second.best.output}/checkpoint/weights.npy") == pytest.approx([2, -3], abs=0.1)
+    kept = json.loads((tmp_path / "out/_headrace/trials.json").read_text())
+    assert [trial["state"] for trial in kept] == [trial.state for trial in second.trials]
+    with pytest.raises(OutputError, match="holds a sweep over other settings; give the same --sweep, or choose an empty folder"):
+        hr.sweep(training, input=source, output=out, space=["lr=0.001|0.3"], trials=2)
