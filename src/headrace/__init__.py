@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
+    from headrace.on_ray.sweep import sweep
+    from headrace.on_ray.train import train
+    from headrace.training import Training
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "Output",
     "Pipeline",
     "Sampling",
+    "Training",
     "Vector",
     "cpu",
     "explain",
@@ -57,7 +61,9 @@ __all__ = [
     "run",
     "serve",
     "stage",
+    "sweep",
     "tokens",
+    "train",
 ]
 
 
@@ -70,6 +76,16 @@ def __getattr__(name: str) -> Any:
         from headrace.on_ray.serve import serve
 
         return serve
+    if name == "sweep":
+        from headrace.on_ray.sweep import sweep
+
+        return sweep
+    if name == "train":
+        from headrace.on_ray.train import train
+
+        return train
+    if name == "Training":
+        return importlib.import_module("headrace.training").Training
     if name == "Client":
         return importlib.import_module("headrace.client").Client
     if name in ("LLM", "Sampling"):

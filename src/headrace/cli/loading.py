@@ -1,4 +1,4 @@
-"""From `FILE` or `FILE::name` to a pipeline, or to feature views."""
+"""From `FILE` or `FILE::name` to a pipeline, a training, or feature views."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from headrace.errors import HeadraceError, PipelineFileError, listing, nearest
 from headrace.features.view import FeatureView
 from headrace.pipeline import Pipeline
+from headrace.training import Training
+
+T = TypeVar("T", Pipeline, Training)
 
 
 def load(target: str) -> Pipeline:
@@ -20,16 +24,25 @@ def load(target: str) -> Pipeline:
     Raises:
         PipelineFileError: no such file, it does not run, or it does not hold exactly the pipeline asked for.
     """
+    return _load(target, Pipeline, "pipeline", "reviews = hr.Pipeline('reviews', clean)")
+
+
+def load_training(target: str) -> Training:
+    """The training that a file defines, likewise."""
+    return _load(target, Training, "training", "prices = hr.Training('prices', fit)")
+
+
+def _load(target: str, kind: type[T], noun: str, example: str) -> T:
     file, wanted, module = _module(target)
-    found = {name: value for name, value in vars(module).items() if isinstance(value, Pipeline)}
+    found = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
     if wanted:
-        named = {pipeline.name: pipeline for pipeline in found.values()} | found
+        named = {one.name: one for one in found.values()} | found
         if wanted not in named:
-            raise PipelineFileError(f"{file} has no pipeline {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
+            raise PipelineFileError(f"{file} has no {noun} {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
         return named[wanted]
-    if len({id(pipeline) for pipeline in found.values()}) != 1:
-        fix = f"say which: {file}::{next(iter(found))}" if found else "define one, such as reviews = hr.Pipeline('reviews', clean)"
-        raise PipelineFileError(f"{file} has {len(found) or 'no'} pipelines" + (f", {listing(found)}" if found else "") + f"; {fix}")
+    if len({id(one) for one in found.values()}) != 1:
+        fix = f"say which: {file}::{next(iter(found))}" if found else f"define one, such as {example}"
+        raise PipelineFileError(f"{file} has {len(found) or 'no'} {noun}s" + (f", {listing(found)}" if found else "") + f"; {fix}")
     return next(iter(found.values()))
 
 

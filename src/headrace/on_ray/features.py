@@ -18,8 +18,9 @@ from headrace.formats import Input
 from headrace.hardware import Cluster
 from headrace.letters import Allowance
 from headrace.on_ray.commits import told_to_stop
-from headrace.on_ray.job import Connect, Job, translated
+from headrace.on_ray.job import Connect, Job
 from headrace.on_ray.operators import limit_threads
+from headrace.on_ray.translation import translated
 from headrace.resume import Mode
 from headrace.sources import open_source
 
