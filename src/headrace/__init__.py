@@ -27,16 +27,15 @@ from headrace.plan import explain, resolve
 from headrace.stage import stage
 
 if TYPE_CHECKING:
-    from headrace import features as features
-    from headrace import models
+    from headrace import features, models
     from headrace.client import Client
-    from headrace.features import FeatureView as FeatureView
-    from headrace.features import training_set as training_set
+    from headrace.features import FeatureView, training_set
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
     from headrace.on_ray.sweep import sweep
     from headrace.on_ray.train import train
+    from headrace.online_store import Lookup
     from headrace.training import Training
 
 __version__ = "0.1.0"
@@ -44,9 +43,11 @@ __all__ = [
     "LLM",
     "Client",
     "Column",
+    "FeatureView",
     "HeadraceError",
     "Image",
     "Input",
+    "Lookup",
     "Output",
     "Pipeline",
     "Sampling",
@@ -54,6 +55,7 @@ __all__ = [
     "Vector",
     "cpu",
     "explain",
+    "features",
     "gpu",
     "models",
     "resolve",
@@ -64,34 +66,28 @@ __all__ = [
     "sweep",
     "tokens",
     "train",
+    "training_set",
 ]
+
+# Where the names are that load more than numpy and pyarrow, such as ray, which takes half a second: they are loaded when they are asked for.
+_LATER = {
+    "Client": "client",
+    "FeatureView": "features",
+    "LLM": "llms",
+    "Lookup": "online_store",
+    "Sampling": "llms",
+    "Training": "training",
+    "run": "on_ray.job",
+    "serve": "on_ray.serve",
+    "sweep": "on_ray.sweep",
+    "train": "on_ray.train",
+    "training_set": "features",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":  # loads ray, which takes half a second: only when it is asked for
-        from headrace.on_ray.job import run
-
-        return run
-    if name == "serve":
-        from headrace.on_ray.serve import serve
-
-        return serve
-    if name == "sweep":
-        from headrace.on_ray.sweep import sweep
-
-        return sweep
-    if name == "train":
-        from headrace.on_ray.train import train
-
-        return train
-    if name == "Training":
-        return importlib.import_module("headrace.training").Training
-    if name == "Client":
-        return importlib.import_module("headrace.client").Client
-    if name in ("LLM", "Sampling"):
-        return getattr(importlib.import_module("headrace.llms"), name)
     if name in ("features", "models"):
         return importlib.import_module(f"headrace.{name}")
-    if name in ("FeatureView", "training_set"):
-        return getattr(importlib.import_module("headrace.features"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"headrace.{_LATER[name]}"), name)
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")
