@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import headrace as hr
 from headrace import cli, registry
 from headrace.errors import GateError, RegistryError, SettingError
+from headrace.llms import places
 from headrace.parity import Golden
 from headrace.registry import releases
 from headrace.registry.references import Reference
@@ -215,6 +216,7 @@ def test_pickles_are_refused_twice_and_loaded_only_in_words(client: Any, name: s
     with pytest.raises(SettingError, match=f"model='models:/{name}/1' has 'model.bin', which is a pickle by its content: .* or say trust_pickles=True where"):
         registry.fetch(f"models:/{name}@candidate")
     assert (registry.fetch(f"models:/{name}@candidate", trust_pickles=True) / "model.bin").exists()
+    assert places.fetch(f"models:/{name}@candidate", "model", trust_pickles=True)
     embedder = hr.models.Embedder(model=f"models:/{name}@candidate", size=3)
     with pytest.raises(SettingError, match="model.bin"):
         embedder.setup("cpu")
