@@ -416,6 +416,19 @@ def test_lineage_goes_both_ways(client: Any, name: str, tmp_path: Path):
         registry.lineage("0" * 32)
 
 
+def test_a_service_is_in_the_lineage_of_the_versions_that_it_was_deployed_with(client: Any, name: str, tmp_path: Path):
+    for _ in range(2):
+        add(name, tmp_path / "m")
+    pipeline = hr.Pipeline("scaled", Scale(model=f"models:/{name}@candidate")).pinned()
+    registry.deployed(pipeline, "prices", 7)
+    assert registry.version(f"{name}/1").services == {}
+    assert registry.version(f"{name}/2").services["prices"].startswith("version 7, deployed 20")
+    (service,) = registry.lineage(f"{name}/2").made
+    assert (service.name, service.kind) == ("service:prices", "service") and service.details[0].startswith("version 7")
+    with pytest.raises(RegistryError, match="models:/none/1 cannot be kept in the MLflow registry"):
+        registry.deployed(hr.Pipeline("scaled", Scale(model="models:/none/1")), "prices", 8)
+
+
 def ask(*words: str) -> str:
     done = CliRunner().invoke(cli.app, words)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
