@@ -136,6 +136,23 @@ def test_the_report_of_a_job_tells_its_input_its_models_and_its_cost(client: Any
     assert [one.name for one in registry.lineage(f"{name}@candidate").made[0].further] == [str(tmp_path / "out")]
 
 
+def test_the_report_of_a_training_tells_its_settings_and_its_curves(client: Any, tmp_path: Path):
+    report = {
+        "settings": {"rate": "0.1", "depth": "6"},
+        "curves": {"loss": [[1, 0.5, 0.9], [2, 1.0, 0.7], [3, 1.5, float("inf")]]},
+        "metrics": {"loss": 0.7, "auc": 0.8},
+        "step": 3,
+        "request": {"input": ["s3://bucket/labels"]},
+        "facts": {"code of train.py": "0123"},
+    }
+    (tmp_path / "_headrace").mkdir()
+    (tmp_path / "_headrace" / "report.json").write_text(json.dumps(report))
+    run = client.get_run(registry.log_run("fitted", settings={"rate": 0.2}, output=str(tmp_path)).id)
+    assert run.data.params == {"rate": "0.2", "depth": "6"} and run.data.metrics == {"loss": 0.7, "auc": 0.8}
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.9), (2, 0.7)]
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["s3://bucket/labels"] and run.data.tags["headrace.code"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
