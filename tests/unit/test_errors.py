@@ -21,7 +21,17 @@ def test_exit_codes():
     """What a shell script can tell apart; the command's own docstring lists the same numbers."""
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
     failed = {"StageError": 1, "ContractError": 1, "RunError": 1, "EngineLostError": 1, "DeadLetterError": 3, "ChangedError": 4, "TakenOverError": 5}
-    unserved = ["ServiceError", "FailedError", "UnauthorizedError", "OverloadedError", "DeadlineError", "UnavailableError", "ParityError", "DeployError"]
+    unserved = [
+        "ServiceError",
+        "FailedError",
+        "UnauthorizedError",
+        "OverloadedError",
+        "DeadlineError",
+        "UnavailableError",
+        "ParityError",
+        "GateError",
+        "DeployError",
+    ]
     failed |= dict.fromkeys(unserved, 1)
     assert codes == dict.fromkeys(codes, 2) | failed | {"StorageError": 6, "LedgerError": 6, "StoppedError": 130}
     told = {int(line.split()[0]) for line in cli.__doc__.splitlines() if line[:4].isspace() and line.strip()[:1].isdigit()}

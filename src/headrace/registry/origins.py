@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ class _Graph:
         """The name of the thing that a text means."""
         if text.startswith((VIEW, RUN)):
             name = text.partition("#")[0]
-        elif text.startswith("models:/") or text.partition("@")[0] in self.models():
+        elif text.startswith("models:/") or re.sub(r"@.*|/\d+$", "", text) in self.models():
             name = str(version(text))
         elif _is_id(text):
             name = RUN + text

@@ -25,6 +25,7 @@ from headrace.errors import RegistryError
 from headrace.ledger import HOME
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, explain
+from headrace.registry.address import Address
 from headrace.registry.connection import changing
 from headrace.registry.references import VIEW, Reference, named
 
@@ -84,8 +85,8 @@ def log_run(
         metrics: numbers by their names, or for a curve a sequence of `(step, number)` pairs, or of numbers, which are steps 0, 1, 2...
         pipeline: whose code, settings and models are noted as facts; of a plan, what `hr.explain` says, too. Models of a registry count as inputs.
         inputs: what it was made from: paths, URIs, `models:/name@alias`, `view:name`, noted as they are now.
-        output: the folder of a batch job or a training: its input, facts, plan, versions, machines and cost are read from there. Of features
-            it may be `view:name`.
+        output: the folder of a batch job or a training: its input, facts, plan, versions, machines and cost are read from there, and of
+            a training its settings and curves. Of features it may be `view:name`.
         facts: further facts of code, such as those of `headrace.fingerprint`.
         files: pictures, reports and the like to keep with it.
 
@@ -138,7 +139,8 @@ def _record(
         told = _told(output)
         facts |= told["facts"]
         made_from += told["inputs"]
-        curves += [(f"run.{key}", float(value), 0) for key, value in told["figures"].items()]
+        curves += [*told["curves"], *((f"run.{key}", float(value), 0) for key, value in told["figures"].items())]
+        params = told["settings"] | params
         texts |= told["texts"]
         tags[OUTPUT] = named(output)
     if facts:
@@ -241,8 +243,19 @@ def _told(output: str) -> dict[str, Any]:
     figures = {name: report[name] for name in ("rows_in", "rows_out", "dead_letters", "wall_s", "rows_per_s") if isinstance(report.get(name), (int, float))}
     if (usd := (report.get("cost") or {}).get("usd")) is not None:
         figures["usd"] = usd
-    references = [Reference.of(model) for model in models] + [_as_read(uri, str(report.get("units", ""))) for uri in inputs]
-    return {"facts": facts, "inputs": references, "figures": figures, "texts": texts}
+    references = [Reference(model) if Address.of(model, "model").version else Reference.of(model) for model in models] + [
+        _as_read(uri, str(report.get("units", ""))) for uri in inputs
+    ]
+    settings = {str(name): str(value) for name, value in (report.get("settings") or {}).items()}
+    return {"facts": facts, "inputs": references, "figures": figures, "texts": texts, "settings": settings, "curves": list(_learnt(report))}
+
+
+def _learnt(report: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """The metrics of a training's report: points of (step, seconds, value), and those that have none by their last value."""
+    curves = report.get("curves") or {}
+    points = [(name, step, value) for name, curve in curves.items() for step, _, value in curve]
+    points += [(name, report.get("step", 0), value) for name, value in (report.get("metrics") or {}).items() if not curves.get(name)]
+    yield from ((str(name), float(value), int(step)) for name, step, value in points if value is not None and not math.isinf(value))
 
 
 def _as_read(uri: str, units: str) -> Reference:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import headrace as hr
 from headrace import cli, registry
 from headrace.errors import GateError, RegistryError, SettingError
+from headrace.llms import places
 from headrace.parity import Golden
 from headrace.registry import releases
 from headrace.registry.references import Reference
@@ -135,6 +136,23 @@ def test_the_report_of_a_job_tells_its_input_its_models_and_its_cost(client: Any
     assert [one.name for one in registry.lineage(f"{name}@candidate").made[0].further] == [str(tmp_path / "out")]
 
 
+def test_the_report_of_a_training_tells_its_settings_and_its_curves(client: Any, tmp_path: Path):
+    report = {
+        "settings": {"rate": "0.1", "depth": "6"},
+        "curves": {"loss": [[1, 0.5, 0.9], [2, 1.0, 0.7], [3, 1.5, float("inf")]]},
+        "metrics": {"loss": 0.7, "auc": 0.8},
+        "step": 3,
+        "request": {"input": ["s3://bucket/labels"]},
+        "facts": {"code of train.py": "0123"},
+    }
+    (tmp_path / "_headrace").mkdir()
+    (tmp_path / "_headrace" / "report.json").write_text(json.dumps(report))
+    run = client.get_run(registry.log_run("fitted", settings={"rate": 0.2}, output=str(tmp_path)).id)
+    assert run.data.params == {"rate": "0.2", "depth": "6"} and run.data.metrics == {"loss": 0.7, "auc": 0.8}
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.9), (2, 0.7)]
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["s3://bucket/labels"] and run.data.tags["headrace.code"]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -215,6 +233,7 @@ def test_pickles_are_refused_twice_and_loaded_only_in_words(client: Any, name: s
     with pytest.raises(SettingError, match=f"model='models:/{name}/1' has 'model.bin', which is a pickle by its content: .* or say trust_pickles=True where"):
         registry.fetch(f"models:/{name}@candidate")
     assert (registry.fetch(f"models:/{name}@candidate", trust_pickles=True) / "model.bin").exists()
+    assert places.fetch(f"models:/{name}@candidate", "model", trust_pickles=True)
     embedder = hr.models.Embedder(model=f"models:/{name}@candidate", size=3)
     with pytest.raises(SettingError, match="model.bin"):
         embedder.setup("cpu")
@@ -412,6 +431,19 @@ def test_lineage_goes_both_ways(client: Any, name: str, tmp_path: Path):
         registry.lineage("nothing")
     with pytest.raises(RegistryError, match="the registry has no run"):
         registry.lineage("0" * 32)
+
+
+def test_a_service_is_in_the_lineage_of_the_versions_that_it_was_deployed_with(client: Any, name: str, tmp_path: Path):
+    for _ in range(2):
+        add(name, tmp_path / "m")
+    pipeline = hr.Pipeline("scaled", Scale(model=f"models:/{name}@candidate")).pinned()
+    registry.deployed(pipeline, "prices", 7)
+    assert registry.version(f"{name}/1").services == {}
+    assert registry.version(f"{name}/2").services["prices"].startswith("version 7, deployed 20")
+    (service,) = registry.lineage(f"{name}/2").made
+    assert (service.name, service.kind) == ("service:prices", "service") and service.details[0].startswith("version 7")
+    with pytest.raises(RegistryError, match="models:/none/1 cannot be kept in the MLflow registry"):
+        registry.deployed(hr.Pipeline("scaled", Scale(model="models:/none/1")), "prices", 8)
 
 
 def ask(*words: str) -> str:
