@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json as json_module
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from headrace.cli.loading import load_views
 from headrace.cli.options import Address, Json, Quiet, Verbose
 from headrace.errors import SettingError
 from headrace.features.job import FeatureJob
+
+_TELL_EVERY_S = 5.0
 
 File = Annotated[str, typer.Argument(metavar="FILE[::NAME]", help="The Python file with the feature views, and the name of one if only that is wanted.")]
 Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist, is empty, or holds this job.")]
@@ -51,18 +55,31 @@ def features(
     instant = None if at is None else _instant(at)
     views = load_views(file)
     job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
+    watch = _Told(Console(stderr=True, quiet=quiet, highlight=False))
     if local:
-        report = job.run(restart=restart)
+        report = job.run(watch=watch, restart=restart)
     else:
         from headrace.on_ray import features as on_ray  # loads ray: a mistake above is told half a second earlier
         from headrace.on_ray.cluster import connected
 
         folder = Path(file.partition("::")[0]).resolve().parent
-        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), restart=restart)
+        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), watch=watch, restart=restart)
     if json:
         print(json_module.dumps(dataclasses.asdict(report), indent=1))
     elif not quiet:
         print(report)
+
+
+class _Told:
+    """Says every few seconds how far a job is."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.last = console, time.monotonic()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= _TELL_EVERY_S:
+            self.last = time.monotonic()
+            self.console.print(f"{step}: {done:,} of {total:,}", markup=False)
 
 
 def _instant(text: str) -> dt.datetime:
