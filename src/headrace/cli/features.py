@@ -17,6 +17,8 @@ from headrace.cli.loading import load_views
 from headrace.cli.options import Address, Json, Quiet, Verbose
 from headrace.errors import SettingError
 from headrace.features.job import FeatureJob
+from headrace.online_store import publish as write
+from headrace.online_store.opening import check_url
 
 _TELL_EVERY_S = 5.0
 
@@ -31,6 +33,9 @@ At = Annotated[
 ]
 Parts = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many parts to cut events into by key; by their number and size when left out.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+Publish = Annotated[
+    str | None, typer.Option(metavar="STORE", help="Then write the features to this online store: the path of an SQLite file, or redis://host:port/db.")
+]
 Local = Annotated[bool, typer.Option("--local", help="Compute in this process, one part after the other, without Ray.")]
 
 
@@ -41,6 +46,7 @@ def features(
     labels: Labels = None,
     at: At = None,
     parts: Parts = None,
+    publish: Publish = None,
     restart: Restart = False,
     local: Local = False,
     address: Address = None,
@@ -50,8 +56,13 @@ def features(
 ) -> None:
     """Compute features: what is known of each key at an instant, or with --labels what was known at the time of each label.
 
-    The same command again goes on where it stopped. The output is Parquet, in parts by key.
+    The same command again goes on where it stopped. The output is Parquet, in parts by key. With --publish it is written to an online store as well,
+    where no key goes back to an older value.
     """
+    if publish is not None:
+        if labels:
+            raise SettingError("--publish writes what is known at an instant; with --labels there is no such thing: give one of them")
+        check_url(publish)
     instant = None if at is None else _instant(at)
     views = load_views(file)
     job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
@@ -64,10 +75,14 @@ def features(
 
         folder = Path(file.partition("::")[0]).resolve().parent
         report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), watch=watch, restart=restart)
+    if publish is not None:
+        published = write(views[0], job.tables(), publish, at=job.at)
     if json:
         print(json_module.dumps(dataclasses.asdict(report), indent=1))
     elif not quiet:
         print(report)
+        if publish is not None:
+            print(f"published {published.rows:,} keys: {published.newer:,} new or newer, {published.older:,} of which the store knows better")
 
 
 class _Told:

@@ -260,6 +260,13 @@ class FeatureJob:
                 home.delete(folder)
         return report
 
+    def tables(self) -> Iterator[pa.Table]:
+        """What a finished job has written, part by part."""
+        for name in self.output.names(""):
+            if name.startswith("part-"):
+                place = self.output.place.child(name)
+                yield pq.read_table(place.path, filesystem=place.filesystem, partitioning=None)
+
     def _clear(self) -> None:
         """Throw away what a job left."""
         names = self.output.names("")
