@@ -93,7 +93,7 @@ def test_what_is_known_at_an_instant_in_parts_is_latest(folder, parts):
     expected = f.latest(view(), pq.read_table("events"), at=NOON).to_pylist()
     assert repr(sorted(read("out"), key=lambda row: row["k"])) == repr(expected)
     assert report.rows == len(expected)
-    assert report.at == "2024-03-31T12:00:00"
+    assert report.at == "2024-03-31T12:00:00+00:00"
 
 
 def test_a_pipeline_runs_before_the_features(folder):

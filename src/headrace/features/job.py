@@ -173,6 +173,7 @@ class FeatureJob:
         before = _request_in(place)
         if labels is None and at is None:
             at = dt.datetime.fromisoformat(before["at"]) if before.get("at") else dt.datetime.now(dt.UTC)
+        at = at.replace(tzinfo=dt.UTC) if at is not None and at.tzinfo is None else at
         count = parts or before.get("parts") or max(map(_parts, inputs))
         request = {
             "views": {view.name: repr(dataclasses.replace(view, source=None, pipeline=None)) for view in views},
