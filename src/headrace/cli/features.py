@@ -33,6 +33,10 @@ At = Annotated[
 ]
 Parts = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many parts to cut events into by key; by their number and size when left out.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+Incremental = Annotated[
+    bool,
+    typer.Option("--incremental", help="Keep events cut by key with the output, and when files are added to the input compute only keys with new events."),
+]
 Publish = Annotated[
     str | None, typer.Option(metavar="STORE", help="Then write the features to this online store: the path of an SQLite file, or redis://host:port/db.")
 ]
@@ -46,6 +50,7 @@ def features(
     labels: Labels = None,
     at: At = None,
     parts: Parts = None,
+    incremental: Incremental = False,
     publish: Publish = None,
     restart: Restart = False,
     local: Local = False,
@@ -65,7 +70,7 @@ def features(
         check_url(publish)
     instant = None if at is None else _instant(at)
     views = load_views(file)
-    job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
+    job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts, incremental=incremental)
     watch = _Told(Console(stderr=True, quiet=quiet, highlight=False))
     if local:
         report = job.run(watch=watch, restart=restart)
