@@ -10,8 +10,8 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from headrace.errors import StoppedError
-from headrace.features.job import HOME, Each, FeatureJob, FeatureReport, Task
+from headrace.errors import SettingError, StoppedError
+from headrace.features.job import HOME, Each, FeatureJob, FeatureReport, Task, Watch
 from headrace.features.reading import Paths, Reading, without_pipeline
 from headrace.features.view import FeatureView
 from headrace.formats import Input
@@ -29,7 +29,9 @@ _RETRIES = 3  # of a task whose process dies
 _LOOK_S = 0.5  # how often to see whether somebody has asked the job to stop
 
 
-def run(job: FeatureJob, *, input: Paths | None = None, connect: Connect, restart: bool = False) -> FeatureReport:
+def run(
+    job: FeatureJob, *, input: Paths | None = None, connect: Connect, watch: Watch = lambda step, done, total: None, restart: bool = False
+) -> FeatureReport:
     """Run a job of features on the Ray that `connect` connects to. Run again, it goes on where it stopped.
 
     `input` is what the job was told to read instead of its view's source.
@@ -37,8 +39,11 @@ def run(job: FeatureJob, *, input: Paths | None = None, connect: Connect, restar
     Raises:
         As `FeatureJob.run`, and `headrace.run` for the pipelines of views, of which no row may fail: an event that is missing would be a wrong
         feature.
+        SettingError: the job is incremental, and its view has a pipeline.
         StoppedError: Ctrl-C or SIGTERM. What was done is kept.
     """
+    if job.request["incremental"] and any(view.pipeline for view in job.views):
+        raise SettingError("an incremental job with a pipeline runs in one process only, so far: give --local, or leave --incremental out")
     if not restart and (done := job.finished()) is not None:
         return done
     with connect() as cluster:
@@ -53,7 +58,7 @@ def run(job: FeatureJob, *, input: Paths | None = None, connect: Connect, restar
             batch.run(mode=Mode.RESUME, allowance=Allowance.parse(0), connect=lambda: contextlib.nullcontext(cluster), watch=lambda events, total: None)
             return without_pipeline(reading, open_source(Input(output)))
 
-        return job.run(each=tasks_on(cluster), rows=rows, restart=restart)
+        return job.run(each=tasks_on(cluster), rows=rows, watch=watch, restart=restart)
 
 
 def tasks_on(cluster: Cluster) -> Each:
