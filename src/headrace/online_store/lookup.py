@@ -125,6 +125,11 @@ class Lookup:
             self.missing += len(asked) - found
         return dict(zip(self.writes, (self._filled(name, table[name]) for name in self._features), strict=True))
 
+    def lookups(self) -> tuple[str, int, int]:
+        """The view's name, how many keys were looked up so far, and how many of them were not found; see `headrace.readings`."""
+        with self._counting:
+            return self.view.name, self.asked, self.missing
+
     def join(self, rows: pa.Table, events: pa.Table, *, time: str) -> pa.Table:
         """The rows in their order with the columns that this stage writes, as they were known at the time of each: the point-in-time join.
 
