@@ -18,6 +18,7 @@ from headrace.errors import ChangedError, DefinitionError, OutputError, Pipeline
 from headrace.features.job import HOME, FeatureJob, here
 from headrace.features.parts import Part, part_of
 from headrace.formats import Input
+from headrace.online_store import open_store
 from headrace.store import Folder
 
 NOON = dt.datetime(2024, 3, 31, 12)
@@ -261,6 +262,21 @@ def test_the_command(folder):
     one = invoke("views.py::prices", "--input", "events/0.parquet", "--output", "some", "--quiet")
     assert one.output == ""
     assert set(pq.read_table("some").column_names) == {"k", "t", "price"}
+
+
+def test_the_command_publishes_what_is_known(folder):
+    """As often as it is run: what a crash left out is published by the next, and nothing goes back."""
+    Path("views.py").write_text(VIEWS)
+    expected = f.latest(hr.FeatureView("v", key="k", time="t", features={"n": f.count(over="7d")}), pq.read_table("events"), at=NOON)
+    for newer in (expected.num_rows, expected.num_rows):
+        told = invoke("views.py::stays", "--at", "2024-03-31T12:00", "--output", "now", "--publish", "features.db", "--parts", "3")
+        assert told.exit_code == 0, told.output
+        assert f"published {expected.num_rows} keys: {newer} new or newer, 0 of which" in told.output
+    with open_store("features.db", make=False) as store:
+        found = store.read("stays", [*expected["k"].to_pylist(), 999])
+    assert found["n"].to_pylist() == [*expected["n"].to_pylist(), None]
+    refused = invoke("views.py", "--labels", "labels.parquet", "--output", "set", "--publish", "features.db")
+    assert isinstance(refused.exception, SettingError)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json as json_module
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from headrace.cli.loading import load_views
 from headrace.cli.options import Address, Json, Quiet, Verbose
 from headrace.errors import SettingError
 from headrace.features.job import FeatureJob
+from headrace.online_store import publish as write
+from headrace.online_store.opening import check_url
+
+_TELL_EVERY_S = 5.0
 
 File = Annotated[str, typer.Argument(metavar="FILE[::NAME]", help="The Python file with the feature views, and the name of one if only that is wanted.")]
 Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist, is empty, or holds this job.")]
@@ -27,6 +33,9 @@ At = Annotated[
 ]
 Parts = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many parts to cut events into by key; by their number and size when left out.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+Publish = Annotated[
+    str | None, typer.Option(metavar="STORE", help="Then write the features to this online store: the path of an SQLite file, or redis://host:port/db.")
+]
 Local = Annotated[bool, typer.Option("--local", help="Compute in this process, one part after the other, without Ray.")]
 
 
@@ -37,6 +46,7 @@ def features(
     labels: Labels = None,
     at: At = None,
     parts: Parts = None,
+    publish: Publish = None,
     restart: Restart = False,
     local: Local = False,
     address: Address = None,
@@ -46,23 +56,45 @@ def features(
 ) -> None:
     """Compute features: what is known of each key at an instant, or with --labels what was known at the time of each label.
 
-    The same command again goes on where it stopped. The output is Parquet, in parts by key.
+    The same command again goes on where it stopped. The output is Parquet, in parts by key. With --publish it is written to an online store as well,
+    where no key goes back to an older value.
     """
+    if publish is not None:
+        if labels:
+            raise SettingError("--publish writes what is known at an instant; with --labels there is no such thing: give one of them")
+        check_url(publish)
     instant = None if at is None else _instant(at)
     views = load_views(file)
     job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
+    watch = _Told(Console(stderr=True, quiet=quiet, highlight=False))
     if local:
-        report = job.run(restart=restart)
+        report = job.run(watch=watch, restart=restart)
     else:
         from headrace.on_ray import features as on_ray  # loads ray: a mistake above is told half a second earlier
         from headrace.on_ray.cluster import connected
 
         folder = Path(file.partition("::")[0]).resolve().parent
-        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), restart=restart)
+        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), watch=watch, restart=restart)
+    if publish is not None:
+        published = write(views[0], job.tables(), publish, at=job.at)
     if json:
         print(json_module.dumps(dataclasses.asdict(report), indent=1))
     elif not quiet:
         print(report)
+        if publish is not None:
+            print(f"published {published.rows:,} keys: {published.newer:,} new or newer, {published.older:,} of which the store knows better")
+
+
+class _Told:
+    """Says every few seconds how far a job is."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.last = console, time.monotonic()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= _TELL_EVERY_S:
+            self.last = time.monotonic()
+            self.console.print(f"{step}: {done:,} of {total:,}", markup=False)
 
 
 def _instant(text: str) -> dt.datetime:

@@ -66,6 +66,9 @@ Each = Callable[[Sequence[Task]], Iterator[tuple[str, dict[str, Any]]]]
 """Does tasks in any order, somewhere, and gives the name and the outcome of each as it ends."""
 
 
+Watch = Callable[[str, int, int], object]
+
+
 def here(tasks: Sequence[Task]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Do tasks in this process, one after the other."""
     for task in tasks:
@@ -177,6 +180,7 @@ class FeatureJob:
             "at": None if at is None else at.isoformat(),
             "parts": count,
             "inputs": [_units(reading.source) for reading in inputs],
+            "filters": [reading.source.where and reading.source.where.text for reading in inputs],
         }
         return FeatureJob(views=tuple(views), inputs=tuple(inputs), output=place, at=at, parts=count, request=request)
 
@@ -203,11 +207,18 @@ class FeatureJob:
         values = json.loads(self.output.read(f"{HOME}/report.json"))
         return FeatureReport(**values | {"views": tuple(values["views"])})
 
-    def run(self, *, each: Each = here, rows: Callable[[FeatureView, Reading], Reading] | None = None, restart: bool = False) -> FeatureReport:
+    def run(
+        self,
+        *,
+        each: Each = here,
+        rows: Callable[[FeatureView, Reading], Reading] | None = None,
+        watch: Watch = lambda step, done, total: None,
+        restart: bool = False,
+    ) -> FeatureReport:
         """Do what is not done yet, and finish the output.
 
         `each` says where tasks run, in this process when left out, and `rows` what is read instead of events whose pipeline is not to run
-        within the tasks.
+        within the tasks. `watch` is told how many tasks of a step are done, and how many there are.
 
         Raises:
             OutputError: the folder holds something else.
@@ -228,9 +239,9 @@ class FeatureJob:
             inputs = [rows(view, reading) if rows and reading.pipeline else reading for view, reading in zip(self.views, self.inputs, strict=False)]
             inputs += self.inputs[len(self.views) :]
             cuts = self._cuts(inputs, Folder(home.place.child("parts")))
-            cut = _done(home, "cut", cuts, each, held)
+            cut = _done(home, "cut", cuts, each, held, watch)
             joins = self._joins(cuts, cut, Folder(home.place.child("parts")))
-            joined = _done(home, "joined", joins, each, held)
+            joined = _done(home, "joined", joins, each, held, watch)
             events = [outcome for name, outcome in cut.items() if int(name.partition("-")[0]) < len(self.views)]
             report = FeatureReport(
                 views=tuple(view.name for view in self.views),
@@ -248,6 +259,13 @@ class FeatureJob:
             for folder in ("parts", "rows"):
                 home.delete(folder)
         return report
+
+    def tables(self) -> Iterator[pa.Table]:
+        """What a finished job has written, part by part."""
+        for name in self.output.names(""):
+            if name.startswith("part-"):
+                place = self.output.place.child(name)
+                yield pq.read_table(place.path, filesystem=place.filesystem, partitioning=None)
 
     def _clear(self) -> None:
         """Throw away what a job left."""
@@ -314,7 +332,7 @@ def _request_in(output: Folder) -> dict[str, Any]:
         return {}
 
 
-def _done(home: Folder, step: str, tasks: Sequence[Task], each: Each, held: Ledger) -> dict[str, dict[str, Any]]:
+def _done(home: Folder, step: str, tasks: Sequence[Task], each: Each, held: Ledger, watch: Watch) -> dict[str, dict[str, Any]]:
     """The outcome of every task by its name; those that a run before has done are not done again."""
     there = set(home.names(step))
     found = {task.name: json.loads(home.read(f"{step}/{task.name}.json")) for task in tasks if f"{task.name}.json" in there}
@@ -322,6 +340,7 @@ def _done(home: Folder, step: str, tasks: Sequence[Task], each: Each, held: Ledg
         held.check()
         home.put(f"{step}/{name}.json", json.dumps(outcome).encode())
         found[name] = outcome
+        watch(step, len(found), len(tasks))
     return {task.name: found[task.name] for task in tasks}
 
 

@@ -70,7 +70,8 @@ class Cut:
         counts = np.bincount(part, minlength=self.parts)
         table = table.take(pa.array(by_part))
         stream = io.BytesIO()
-        with pq.ParquetWriter(stream, table.schema, compression="zstd", compression_level=1) as writer:
+        repeating = [field.name for field in table.schema if not pa.types.is_primitive(field.type)]
+        with pq.ParquetWriter(stream, table.schema, compression="lz4", use_dictionary=repeating, write_statistics=False) as writer:
             start = 0
             for count in counts[counts > 0].tolist():
                 writer.write_table(table.slice(start, count), row_group_size=count)

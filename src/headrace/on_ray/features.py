@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from headrace.errors import StoppedError
-from headrace.features.job import HOME, Each, FeatureJob, FeatureReport, Task
+from headrace.features.job import HOME, Each, FeatureJob, FeatureReport, Task, Watch
 from headrace.features.reading import Paths, Reading, without_pipeline
 from headrace.features.view import FeatureView
 from headrace.formats import Input
@@ -28,7 +28,9 @@ _RETRIES = 3  # of a task whose process dies
 _LOOK_S = 0.5  # how often to see whether somebody has asked the job to stop
 
 
-def run(job: FeatureJob, *, input: Paths | None = None, connect: Connect, restart: bool = False) -> FeatureReport:
+def run(
+    job: FeatureJob, *, input: Paths | None = None, connect: Connect, watch: Watch = lambda step, done, total: None, restart: bool = False
+) -> FeatureReport:
     """Run a job of features on the Ray that `connect` connects to. Run again, it goes on where it stopped.
 
     `input` is what the job was told to read instead of its view's source.
@@ -52,7 +54,7 @@ def run(job: FeatureJob, *, input: Paths | None = None, connect: Connect, restar
             batch.run(mode=Mode.RESUME, allowance=Allowance.parse(0), connect=lambda: contextlib.nullcontext(cluster), watch=lambda events, total: None)
             return without_pipeline(reading, open_source(Input(output)))
 
-        return job.run(each=tasks_on(cluster), rows=rows, restart=restart)
+        return job.run(each=tasks_on(cluster), rows=rows, watch=watch, restart=restart)
 
 
 def tasks_on(cluster: Cluster) -> Each:
