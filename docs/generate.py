@@ -89,7 +89,7 @@ def api() -> Iterator[str]:
 
 def public() -> Iterator[tuple[str, Any]]:
     """Every public name; those of a module follow it."""
-    shown = [*headrace.__all__, "features"]  # which is no name of the front door's list, since that has as many as it may have
+    shown = [*headrace.__all__, "Lookup", "features", "online_store"]  # which are no names of the front door's list, since that has as many as it may have
     for name in sorted(shown, key=lambda name: (not name.isupper(), name)):
         thing = getattr(headrace, name)
         yield name, thing

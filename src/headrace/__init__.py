@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("headrace.client").Client
     if name in ("LLM", "Sampling"):
         return getattr(importlib.import_module("headrace.llms"), name)
-    if name in ("features", "models"):
+    if name in ("features", "models", "online_store"):
         return importlib.import_module(f"headrace.{name}")
     if name in ("FeatureView", "training_set"):
         return getattr(importlib.import_module("headrace.features"), name)

@@ -30,7 +30,7 @@ class Lookup:
 
         score = hr.Pipeline("score", hr.Lookup(stays, key="listing_id", store="features.db", types={"listing_id": str, "price": float}), Model())
 
-    A batch of rows is one question to the store that `headrace.online_store.publish` wrote. `join` gives the same columns
+    A batch of rows is one question to the store that `headrace features --publish` wrote. `join` gives the same columns
     as they were known at the time of each row, for training: one definition of the features serves both. A key of which the store has nothing, or
     nothing that has not expired, gets the defaults that the view declares (null, where it declares none), and is counted.
 

@@ -67,7 +67,7 @@ class SqliteEngine:
             if make:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             elif not self.path.exists():
-                raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish` makes it, or correct the path")
+                raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish STORE` makes it, or correct the path")
         except OSError as error:
             raise OnlineStoreError(f"the online store in {self.name!r} cannot be opened: {error.strerror or error}") from error
         weakref.finalize(self, _close, self._idle)  # a stage's store is never closed: it goes with the stage
