@@ -94,7 +94,7 @@ def public() -> Iterator[tuple[str, Any]]:
         thing = getattr(headrace, name)
         yield name, thing
         if inspect.ismodule(thing):
-            yield from ((f"{name}.{member}", getattr(thing, member)) for member in thing.__all__)
+            yield from ((f"{name}.{member}", getattr(thing, member)) for member in thing.__all__ if member not in shown)
 
 
 class Verbatim:

@@ -12,13 +12,16 @@ import pytest
 from doors import service
 from redis_server import redis_url  # noqa: F401 - a fixture
 
+import headrace as hr
 from headrace import features
 from headrace.cli.loading import load
-from headrace.online_store import publish
+from headrace.errors import UnavailableError
+from headrace.online_store import open_store, publish
 
 from conftest import Run  # isort: skip
 
 FILE = """
+import headrace as hr
 import headrace as hr
 from headrace import features
 
@@ -81,3 +84,19 @@ def test_a_job_without_its_store_stops_and_loses_no_row(folder: Path, command: R
     assert done.returncode == 0 and "view 'stays': 60 keys looked up, 16 (26.7%) not found" in done.stdout, done.stdout + done.stderr
     rows = pq.read_table(folder / "out").sort_by("id").to_pylist()
     assert [row["stays"] for row in rows[:9]] == [6, 6, 6, 6, 6, 5, 5, 0, 0] and not list((folder / "out" / "_headrace").glob("dead_letters/*"))
+
+
+def test_a_service_whose_store_fails_says_so_until_it_does_not(folder: Path, place: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline = load(str(folder / "score.py"))
+    view = pipeline.stage("lookup").call.view
+    with service(pipeline) as address, hr.Client(address, retries=0) as client, open_store(place) as store:
+        assert client.score({"listing_id": "l0"})["stays"] == 6
+        row = store.read("stays", ["l0"]).select(["stays", "price", "host", "vector"])
+        row = row.append_column("listing_id", pa.array(["l0"])).append_column("at", pa.array([NOW]))
+        store.replace("stays", [row.drop(["host"])], key="listing_id", time="at")
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="the store of features that this service reads cannot be used at the moment"):
+                client.score({"listing_id": "l0"})
+        assert "has no feature 'host'" in capfd.readouterr().err
+        publish(view, row, store, replace=True)
+        assert client.score([{"listing_id": "l0"}, {"listing_id": "l1"}])[0]["host"] == row["host"][0].as_py()
