@@ -29,6 +29,7 @@ HOMES = {
     "torch": ("on_ray/", "models/runtimes.py"),
     "vllm": ("llms/",),
     "mlflow": ("registry/",),
+    "redis": ("online_store/redis.py",),
     "sentence_transformers": ("models/runtimes.py",),
     "openvino": ("models/runtimes.py",),
     "onnxruntime": ("models/runtimes.py",),
@@ -155,7 +156,7 @@ def test_what_is_public_has_a_docstring():
 
 def test_importing_headrace_loads_no_engine():
     loaded = set(python("import headrace; print(*{name.partition('.')[0] for name in sys.modules})").split())
-    heavy = loaded & {"ray", "torch", "vllm", "mlflow", "pandas", "typer"}
+    heavy = loaded & {"ray", "torch", "vllm", "mlflow", "pandas", "polars", "redis", "sqlite3", "typer"}
     assert not heavy
 
 

@@ -207,6 +207,15 @@ def test_search(checkout: Path) -> None:
     assert re.search(r"it is noisy after dark\n  0\.\d\d  LOUD at night!", printed)
 
 
+def test_lookup(checkout: Path) -> None:
+    """What was published is looked up alike in this process, in batch and over HTTP, and by a job."""
+    printed = run("lookup.py", checkout)
+    assert "published 24 listings, 24 of them new, to reviews.db" in printed
+    assert "[{'reviews': 1, 'attention': 1.0}, {'reviews': 0, 'attention': 0.0}]" in printed
+    assert "score: all values are equal (24 rows, columns reviews, attention;" in printed and "24 rows in" in printed
+    assert set(pq.read_table(checkout / "attention")["attention"].to_pylist()) == {1.0}
+
+
 @pytest.mark.llm
 def test_summarise(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers are typed columns, and the rule on them holds. The model of a few megabytes stands for a real one."""

@@ -27,7 +27,7 @@ from headrace.plan import explain, resolve
 from headrace.stage import stage
 
 if TYPE_CHECKING:
-    from headrace import features, models
+    from headrace import features, models, online_store
     from headrace.client import Client
     from headrace.features import FeatureView, training_set
     from headrace.llms import LLM, Sampling
@@ -58,6 +58,7 @@ __all__ = [
     "features",
     "gpu",
     "models",
+    "online_store",
     "resolve",
     "rows",
     "run",
@@ -86,7 +87,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("features", "models"):
+    if name in ("features", "models", "online_store"):
         return importlib.import_module(f"headrace.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(f"headrace.{_LATER[name]}"), name)

@@ -142,6 +142,16 @@ class EngineSampled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LookedUp(Event):
+    """A replica of a group asked an online store for features of a view, since it last said so: of how many keys, and how many were not there."""
+
+    group: str
+    view: str
+    keys: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetHalved(Event):
     """An accelerator ran out of memory; from now on this replica divides the stage's batch rule by `divisor`."""
 

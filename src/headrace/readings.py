@@ -5,6 +5,9 @@ A stage may have a method `figures()`, which gives numbers by name and may be ca
 `kv_cache_peak` (the highest use, 0 to 1), which only ever grow; `running`, `waiting` and `kv_cache`, which are of the moment; and `sequences`,
 `capacity`, `length` and `yields`, which stay: how many sequences it computes at a time, how many tokens it has room for, the most of one sequence,
 and whether background requests make way in it (see `headrace.speech`).
+
+One that looks features up may have a method `lookups()` as well, which gives a view's name, how many keys were asked for so far, and how many of them
+were not there.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from headrace.events import EngineSampled, Event
+from headrace.events import EngineSampled, Event, LookedUp
 from headrace.stage import Stage
 
 _EACH_S = 1.0
@@ -28,10 +31,12 @@ class Readings:
 
     def __init__(self, stages: Iterable[Stage], *, group: str, emit: Callable[[Event], object]) -> None:
         self.group, self.emit = group, emit
+        stages = list(stages)
         self._read: list[Any] = [stage.call.figures for stage in stages if hasattr(stage.call, "figures")]
         self._before = [dict.fromkeys(GROWING, 0.0) for _ in self._read]
+        self._lookups = {stage.call.lookups: (0, 0) for stage in stages if hasattr(stage.call, "lookups")}
         self._lock = threading.Lock()
-        if self._read:
+        if self._read or self._lookups:
             threading.Thread(target=self._tell, name="headrace-readings", daemon=True).start()
 
     def tell(self) -> None:
@@ -44,6 +49,12 @@ class Readings:
                 state: dict[str, Any] = {name: kind(now.get(name, 0)) for name, kind in _STATE.items()}
                 if any(grown.values()) or state["running"] or state["waiting"]:
                     self.emit(EngineSampled(self.group, **grown, **state))
+
+            for told, (keys, missing) in self._lookups.items():
+                view, *now = told()
+                self._lookups[told] = now[0], now[1]
+                if now[0] > keys:
+                    self.emit(LookedUp(self.group, view, now[0] - keys, now[1] - missing))
 
     def _tell(self) -> None:
         pause = threading.Event()

@@ -80,6 +80,18 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LookupReport:
+    """How many keys of a view were looked up in an online store, and how many of them were not there, and have defaults."""
+
+    view: str
+    keys: int
+    missing: int
+
+    def __str__(self) -> str:
+        return f"view {self.view!r}: {count(self.keys, 'key')} looked up, {self.missing:,} ({self.missing / max(1, self.keys):.1%}) not found"
+
+
+@dataclass(frozen=True, slots=True)
 class GroupReport:
     """What one group did; its name, kind and hardware are those of `events.GroupPlanned`.
 
@@ -108,6 +120,12 @@ class GroupReport:
     ready: int = 0
     starting: int = 0
     engine: EngineReport | None = None
+    lookups: tuple[LookupReport, ...] = ()
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the group's stages said of themselves, as lines."""
+        return (*self.notes, *([str(self.engine)] if self.engine else []), *map(str, self.lookups))
 
     @staticmethod
     def of(sums: GroupSums, tally: Tally) -> GroupReport:
@@ -134,6 +152,7 @@ class GroupReport:
             ready=last.replicas if last else 0,
             starting=last.starting if last else 0,
             engine=EngineReport.of(sums, tally),
+            lookups=tuple(LookupReport(view, keys, missing) for view, (keys, missing) in sorted(sums.lookups.items())),
         )
 
 
@@ -264,7 +283,7 @@ class Report:
             kept = f" on {count(group.replicas, 'replica')}, ready after {group.setup_s:.1f} s" if group.replicas else " in tasks"
             padding = f", {group.padding:.0%} padding" if group.padding else ""
             lines.append(f"   {group.name}: {group.busy_s:.1f} s busy{kept}{padding}")
-            lines += [f"      {note}" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
+            lines += [f"      {note}" for note in group.said]
         if self.cost and self.cost.charges:
             lines += str(self.cost).splitlines()
         if (each := self.usd_per_million_tokens) is not None:

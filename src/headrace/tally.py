@@ -18,6 +18,7 @@ from headrace.events import (
     FileWritten,
     GroupPlanned,
     GroupSampled,
+    LookedUp,
     MachinesSeen,
     ProcessDied,
     ReplicaReady,
@@ -109,6 +110,7 @@ class GroupSums:
     setup_s: float = 0.0
     notes: list[str] = field(default_factory=list)
     engine: EngineSums | None = None
+    lookups: dict[str, tuple[int, int]] = field(default_factory=dict)  # by view: keys asked for, and how many were not there
     last: GroupSampled | None = None
     replica_s: float = 0.0
     starved_s: float = 0.0
@@ -224,6 +226,10 @@ class Tally:
                 sums.engine = sums.engine or EngineSums()
                 sums.engine.sample(event)
                 self._draw(f"tokens {group}", at_s - 1, at_s, event.generated_tokens)
+            case LookedUp(group=group, view=view):
+                lookups = self._group(group).lookups
+                keys, missing = lookups.get(view, (0, 0))
+                lookups[view] = keys + event.keys, missing + event.missing
             case BudgetHalved(stage=stage):
                 self.halved[stage] = max(event, self.halved.get(stage, event), key=lambda one: one.divisor)
 

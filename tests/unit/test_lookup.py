@@ -12,9 +12,13 @@ import pytest
 import headrace as hr
 from headrace import features
 from headrace.errors import ContractError, DefinitionError, OnlineStoreError, SettingError, StageError, WiringError
+from headrace.events import Event
 from headrace.online_store import Written, open_store, publish
+from headrace.readings import Readings
+from headrace.report import GroupReport
 from headrace.settings import override
 from headrace.stage import Stage
+from headrace.tally import Tally
 from headrace.worker import Worker
 
 NOW = dt.datetime(2026, 1, 10, tzinfo=dt.UTC)
@@ -94,6 +98,21 @@ def test_it_counts_what_is_missing(place: str) -> None:
     found = worker.stages[0].call
     assert (found.asked, found.missing) == (4, 2)
     assert worker.note == f"view 'stays' of 2 keys, newest event 2026-01-09 00:00:00+00:00, in {place}"
+
+
+def test_the_report_says_how_many_were_missing(place: str) -> None:
+    heard: list[Event] = []
+    worker = Worker([Stage.of(lookup(place))])
+    readings = Readings(worker.stages, group="score", emit=heard.append)
+    for keys in (["a", "x", "y"], ["b"]):
+        worker(pa.table({"listing_id": keys}))
+        readings.tell()
+    readings.tell()
+    assert [(event.view, event.keys, event.missing) for event in heard] == [("stays", 3, 2), ("stays", 1, 0)]
+    tally = Tally()
+    tally.add(heard)
+    group = GroupReport.of(tally.groups["score"], tally)
+    assert group.said == ("view 'stays': 4 keys looked up, 2 (50.0%) not found",)
 
 
 def test_other_names_and_some_features(place: str) -> None:

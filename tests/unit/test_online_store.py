@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import os
 import signal
@@ -140,6 +141,8 @@ def test_what_has_expired_is_missing_and_can_be_swept(store: OnlineStore) -> Non
     assert store.freshness("stats").keys == 3
     assert store.sweep("stats") == 1 and store.sweep("stats") == 0
     assert store.freshness("stats").keys == 2
+    write(store, *((f"old{number}", -10, number) for number in range(6000)), ttl_s=86_400)
+    assert store.freshness("stats").keys == 6002 and store.sweep("stats") == 6000 and store.freshness("stats").keys == 2
     assert values(store, "a", "b", "c") == [None, 2, 3]
     with pytest.raises(DefinitionError, match="ttl_s must be a number above 0, got 0"):
         write(store, ("a", 0, 1), ttl_s=0)
@@ -202,6 +205,17 @@ def test_a_change_of_columns_swaps_in_at_the_end(store: OnlineStore, opened: Cal
         assert each.freshness("stats") == Freshness(at(2), START, 3)
     with pytest.raises(OnlineStoreError, match=r"its key is 'id' \(a whole number\), not 'key' \(text\)"):
         write(reader, ("a", 10, 1))
+
+
+def test_no_generation_is_taken_for_another_of_its_number(store: OnlineStore) -> None:
+    """Somebody emptied the database, and the view was published again with other columns: what is known of it is not believed."""
+    write(store, ("a", 0, 1))
+    assert values(store, "a") == [1]
+    known = store._views["stats"]
+    store._views["stats"] = dataclasses.replace(known, generation=dataclasses.replace(known.generation, token=b"another"))
+    assert store.engine.fetch(store._views["stats"].generation, [b"a"]) is None
+    assert store.engine.put(store._views["stats"].generation, [b"a"], [bytes(40)], 0) is None
+    assert values(store, "a") == [1] and write(store, ("a", 1, 2)).newer == 1
 
 
 def test_a_view_can_begin_with_replace(store: OnlineStore) -> None:

@@ -53,7 +53,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_makes_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OnlineStoreError, match="there is no online store in .*features.db'; `headrace features FILE --publish` makes it"):
+    with pytest.raises(OnlineStoreError, match="there is no online store in .*features.db'; `headrace features FILE --publish STORE` makes it"):
         open_store(tmp_path / "features.db", make=False)
     assert not list(tmp_path.iterdir())
 

@@ -150,7 +150,7 @@ def _card(group: GroupReport, report: Report) -> list[str]:
         facts += [count(group.replicas, "replica"), f"ready after {duration(group.setup_s)}" if group.replicas else "none was ever ready"]
     facts += [f"batches of {safe(', '.join(group.rules))}" if group.rules and model else "", f"{percent(group.padding)} padding" if group.padding else ""]
     lines = ['<section class="group">', f"<h3>{safe(group.name)}</h3>", f"<p>{'; '.join(filter(None, facts))}</p>"]
-    lines += [f"<p>{safe(note)}</p>" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
+    lines += [f"<p>{safe(note)}</p>" for note in group.said]
     if group.shares is not None:
         lines.append(stack([(kind, label, getattr(group.shares, kind)) for kind, label in _PARTS]))
     curves = [

@@ -2,11 +2,13 @@
 
 The values of a view lie in a *generation*, together with its schema. One generation of a view is the current one, and readers see nothing else. A
 deliberate change of a view's schema begins another beside it, which becomes the current one at the end, in one step. A marker, a key that no view can
-have, lies beside the values of a generation until another takes its place: a reader that finds it has read current values, without asking twice.
+have, lies beside the values of a generation until another takes its place: a reader that finds it has read current values, without asking twice. Its
+value is the generation's token, so that after somebody emptied the database no generation is taken for another of the same number.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +19,12 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Where the values of a view lie: its number, and the schema as it is kept."""
+    """Where the values of a view lie: its number, the schema as it is kept, and what its marker says."""
 
     view: str
     number: int
     schema: bytes
+    token: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,11 @@ class Standing:
     newest_us: int | None
     published_us: int | None
     keys: int
+
+
+def new_token() -> bytes:
+    """A token that no other generation has."""
+    return secrets.token_bytes(8)
 
 
 class Engine(Protocol):

@@ -30,7 +30,7 @@ class Lookup:
 
         score = hr.Pipeline("score", hr.Lookup(stays, key="listing_id", store="features.db", types={"listing_id": str, "price": float}), Model())
 
-    A batch of rows is one question to the store that `headrace.online_store.publish` wrote. `join` gives the same columns
+    A batch of rows is one question to the store that `headrace features --publish` wrote. `join` gives the same columns
     as they were known at the time of each row, for training: one definition of the features serves both. A key of which the store has nothing, or
     nothing that has not expired, gets the defaults that the view declares (null, where it declares none), and is counted.
 
@@ -124,6 +124,11 @@ class Lookup:
             self.asked += len(asked)
             self.missing += len(asked) - found
         return dict(zip(self.writes, (self._filled(name, table[name]) for name in self._features), strict=True))
+
+    def lookups(self) -> tuple[str, int, int]:
+        """The view's name, how many keys were looked up so far, and how many of them were not found; see `headrace.readings`."""
+        with self._counting:
+            return self.view.name, self.asked, self.missing
 
     def join(self, rows: pa.Table, events: pa.Table, *, time: str) -> pa.Table:
         """The rows in their order with the columns that this stage writes, as they were known at the time of each: the point-in-time join.

@@ -13,20 +13,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from headrace.errors import OnlineStoreError
-from headrace.online_store.engine import FORMAT, Generation, Standing
-from headrace.online_store.records import EXPIRY, coded, instant_us
+from headrace.online_store.engine import FORMAT, Generation, Standing, new_token
+from headrace.online_store.records import EXPIRY, instant_us
 from headrace.online_store.views import MARKER
 
 _CONNECT_S, _ANSWER_S = 5.0, 30.0
 _VIEWS = "headrace:views"
 _SWEPT = 1000  # fields looked at in one step
 
-# KEYS: the view. ARGV: its schema, the marker and its value, the format, "current" or "begun". Gives the number and schema of the generation.
+# KEYS: the view. ARGV: its schema, the marker, a token, the format, "current" or "begun". Gives number, schema and token of the generation.
 _MAKE = """
 local state = ARGV[5]
 if state == 'current' then
   local number = redis.call('HGET', KEYS[1], 'current')
-  if number then return {number, redis.call('HGET', KEYS[1] .. ':' .. number .. ':about', 'schema') or ''} end
+  if number then
+    local about = KEYS[1] .. ':' .. number .. ':about'
+    return {number, redis.call('HGET', about, 'schema') or '', redis.call('HGET', about, 'token') or ''}
+  end
 else
   local before = redis.call('HGET', KEYS[1], 'begun')
   if before then redis.call('UNLINK', KEYS[1] .. ':' .. before, KEYS[1] .. ':' .. before .. ':about') end
@@ -35,10 +38,10 @@ local number = redis.call('HINCRBY', KEYS[1], 'numbers', 1)
 local place = KEYS[1] .. ':' .. number
 local base = redis.call('HGET', KEYS[1], 'current') or ''
 local writes = base ~= '' and redis.call('HGET', KEYS[1] .. ':' .. base .. ':about', 'writes') or ''
-redis.call('HSET', place .. ':about', 'schema', ARGV[1], 'writes', 0, 'base', base, 'base_writes', writes)
+redis.call('HSET', place .. ':about', 'schema', ARGV[1], 'token', ARGV[3], 'writes', 0, 'base', base, 'base_writes', writes)
 redis.call('HSET', place, ARGV[2], ARGV[3])
 redis.call('HSET', KEYS[1], state, number, 'format', ARGV[4])
-return {tostring(number), ARGV[1]}
+return {tostring(number), ARGV[1], ARGV[3]}
 """
 
 # KEYS: the view. ARGV: a number. Gives 1 if that generation, which was begun, is the current one now.
@@ -61,10 +64,10 @@ redis.call('HDEL', KEYS[1], 'begun')
 return redis.call('UNLINK', KEYS[1] .. ':' .. ARGV[1], KEYS[1] .. ':' .. ARGV[1] .. ':about')
 """
 
-# KEYS: the generation, what is said about it. ARGV: the marker, when this is, then keys and values. Gives how many values were kept, or -1 if the
+# KEYS: the generation, what is said about it. ARGV: the marker, its token, when this is, then keys and values. Gives how many values were kept, or -1 if the
 # generation is gone. Instants are compared in halves: a number of Lua's has 53 bits, and its comparison of texts follows the server's language.
 _PUT = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return -1 end
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return -1 end
 local function later(one, other, halves)
   for at = 1, halves do
     local a, b = struct.unpack('>I4', one, at * 4 - 3), struct.unpack('>I4', other, at * 4 - 3)
@@ -74,7 +77,7 @@ local function later(one, other, halves)
 end
 local newest = redis.call('HGET', KEYS[2], 'newest')
 local kept = 0
-for at = 3, #ARGV, 2 do
+for at = 4, #ARGV, 2 do
   local there = redis.call('HGET', KEYS[1], ARGV[at])
   if not there or not later(there, ARGV[at + 1], 4) then
     redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1])
@@ -83,7 +86,7 @@ for at = 3, #ARGV, 2 do
   end
 end
 if newest then redis.call('HSET', KEYS[2], 'newest', newest) end
-redis.call('HSET', KEYS[2], 'published', ARGV[2])
+redis.call('HSET', KEYS[2], 'published', ARGV[3])
 redis.call('HINCRBY', KEYS[2], 'writes', 1)
 return kept
 """
@@ -151,8 +154,8 @@ class RedisEngine:
                 raise OnlineStoreError(
                     f"view {view!r} in {self.name!r} was made by a newer headrace (format {int(format)}; this release knows {FORMAT}): install that release"
                 )
-            schema = self.client.hget(f"{_view(view)}:{int(number)}:about", "schema")
-        return Generation(view, int(number), schema or b"")
+            schema, token = self.client.hmget(f"{_view(view)}:{int(number)}:about", ["schema", "token"])
+        return Generation(view, int(number), schema or b"", token or b"")
 
     def make(self, view: str, schema: bytes) -> Generation:
         """See `Engine`."""
@@ -176,14 +179,14 @@ class RedisEngine:
         """See `Engine`."""
         with self._told():
             *values, marker = self.client.hmget(_place(generation), [*keys, MARKER])
-        return None if marker is None else values
+        return values if marker == generation.token else None
 
     def put(self, generation: Generation, keys: Sequence[bytes], values: Sequence[bytes], published_us: int) -> int | None:
         """See `Engine`."""
         pairs = [part for pair in zip(keys, values, strict=True) for part in pair]
         place = _place(generation)
         with self._told():
-            kept = int(self._put(keys=[place, f"{place}:about"], args=[MARKER, published_us, *pairs]))
+            kept = int(self._put(keys=[place, f"{place}:about"], args=[MARKER, generation.token, published_us, *pairs]))
         return None if kept < 0 else kept
 
     def standing(self, generation: Generation) -> Standing:
@@ -212,8 +215,8 @@ class RedisEngine:
     def _new(self, view: str, schema: bytes, state: str) -> Generation:
         with self._told():
             self.client.sadd(_VIEWS, view)
-            number, kept = self._make(keys=[_view(view)], args=[schema, MARKER, coded(0), FORMAT, state])
-        return Generation(view, int(number), kept)
+            number, kept, token = self._make(keys=[_view(view)], args=[schema, MARKER, new_token(), FORMAT, state])
+        return Generation(view, int(number), kept, token)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

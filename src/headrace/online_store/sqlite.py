@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from headrace.errors import OnlineStoreError
-from headrace.online_store.engine import FORMAT, Generation, Standing
-from headrace.online_store.records import RANK, TIME, coded, instant_us
+from headrace.online_store.engine import FORMAT, Generation, Standing, new_token
+from headrace.online_store.records import RANK, TIME, instant_us
 from headrace.online_store.views import MARKER
 
 _BUSY_S = 30.0  # how long a change waits for others before it is given up
@@ -27,10 +27,10 @@ _ASKED = 512  # keys in one statement
 _STATEMENTS = 256  # that a connection keeps prepared, one for each number of keys
 _PAGE_BYTES = 16384
 _LOG_BYTES = 4 << 20  # after which the log is moved into the file
-_SWEPT = 5000  # rows removed in one change
+_SWEPT = 5000  # rows looked at or removed in one step
 _TABLES = """
 CREATE TABLE generations (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, view TEXT NOT NULL, state TEXT NOT NULL, schema BLOB NOT NULL, keys INTEGER NOT NULL,
+    number INTEGER PRIMARY KEY AUTOINCREMENT, view TEXT NOT NULL, state TEXT NOT NULL, schema BLOB NOT NULL, token BLOB NOT NULL, keys INTEGER NOT NULL,
     newest BLOB NOT NULL, published INTEGER, writes INTEGER NOT NULL, base INTEGER, base_writes INTEGER
 );
 CREATE UNIQUE INDEX one_current ON generations (view) WHERE state = 'current';
@@ -67,7 +67,7 @@ class SqliteEngine:
             if make:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             elif not self.path.exists():
-                raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish` makes it, or correct the path")
+                raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish STORE` makes it, or correct the path")
         except OSError as error:
             raise OnlineStoreError(f"the online store in {self.name!r} cannot be opened: {error.strerror or error}") from error
         weakref.finalize(self, _close, self._idle)  # a stage's store is never closed: it goes with the stage
@@ -134,7 +134,7 @@ class SqliteEngine:
                 asked = keys[at : at + _ASKED - 1]
                 found.pop(MARKER, None)
                 found.update(connection.execute(f"SELECT key, value {_of(len(asked) + 1)}", [generation.number, *asked, MARKER]).fetchall())
-                if MARKER not in found:
+                if found.get(MARKER) != generation.token:
                     return None
         return list(map(found.get, keys))
 
@@ -152,8 +152,9 @@ class SqliteEngine:
                     newer += 1
             newest = max((value[TIME] for value in chosen.values()), default=b"")
             told = connection.execute(
-                "UPDATE generations SET keys = keys + ?, newest = max(newest, ?), published = ?, writes = writes + 1 WHERE number = ? AND state != 'gone'",
-                (len(there) - before, newest, published_us, generation.number),
+                "UPDATE generations SET keys = keys + ?, newest = max(newest, ?), published = ?, writes = writes + 1 "
+                "WHERE number = ? AND token = ? AND state != 'gone'",
+                (len(there) - before, newest, published_us, generation.number, generation.token),
             )
             if not told.rowcount:
                 return None
@@ -172,18 +173,21 @@ class SqliteEngine:
 
     def sweep(self, generation: Generation, before: bytes) -> int:
         """See `Engine`."""
-        removed = 0
+        removed, last = 0, b""
         while True:
-            with self._changing() as connection:
-                count = connection.execute(
-                    "DELETE FROM feature_values WHERE generation = ?1 AND key IN "
-                    "(SELECT key FROM feature_values WHERE generation = ?1 AND key != ?2 AND substr(value, 17, 8) <= ?3 LIMIT ?4)",
-                    (generation.number, MARKER, before, _SWEPT),
-                ).rowcount
-                connection.execute("UPDATE generations SET keys = keys - ? WHERE number = ?", (count, generation.number))
-            removed += count
-            if count < _SWEPT:
+            with self._connection() as connection:
+                page = "SELECT key, substr(value, 17, 8) FROM feature_values WHERE generation = ? AND key >= ? ORDER BY key LIMIT ?"
+                keys = connection.execute(page, (generation.number, last, _SWEPT)).fetchall()
+            expired = [key for key, expiry in keys if expiry <= before and key != MARKER]
+            if expired:
+                with self._changing() as connection:
+                    old = "DELETE FROM feature_values WHERE generation = ? AND key = ? AND substr(value, 17, 8) <= ?"
+                    count = connection.executemany(old, [(generation.number, key, before) for key in expired]).rowcount
+                    connection.execute("UPDATE generations SET keys = keys - ? WHERE number = ?", (count, generation.number))
+                removed += count
+            if len(keys) < _SWEPT:
                 return removed
+            last = keys[-1][0]
 
     def settle(self) -> None:
         """See `Engine`. What still lies in the log is moved into the file, as far as no reader is in the way."""
@@ -290,16 +294,16 @@ def _close(connections: list[sqlite3.Connection]) -> None:
 
 
 def _current(connection: sqlite3.Connection, view: str) -> Generation | None:
-    row = connection.execute("SELECT number, schema FROM generations WHERE view = ? AND state = 'current'", (view,)).fetchone()
+    row = connection.execute("SELECT number, schema, token FROM generations WHERE view = ? AND state = 'current'", (view,)).fetchone()
     return None if row is None else Generation(view, *row)
 
 
 def _insert(connection: sqlite3.Connection, view: str, schema: bytes, state: str) -> Generation:
-    fresh = "INSERT INTO generations (view, state, schema, keys, newest, writes) VALUES (?, ?, ?, 0, x'', 0)"
-    number = connection.execute(fresh, (view, state, schema)).lastrowid
+    fresh, token = "INSERT INTO generations (view, state, schema, token, keys, newest, writes) VALUES (?, ?, ?, ?, 0, x'', 0)", new_token()
+    number = connection.execute(fresh, (view, state, schema, token)).lastrowid
     assert number is not None
-    connection.execute("INSERT INTO feature_values (generation, key, value) VALUES (?, ?, ?)", (number, MARKER, coded(0)))
-    return Generation(view, number, schema)
+    connection.execute("INSERT INTO feature_values (generation, key, value) VALUES (?, ?, ?)", (number, MARKER, token))
+    return Generation(view, number, schema, token)
 
 
 @cache

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from headrace.batching import Rows, Tokens
-from headrace.errors import StageError
+from headrace.errors import OnlineStoreError, StageError
 from headrace.lineage import Fault
 from headrace.serving.bodies.codec import Codec
 from headrace.serving.replica import lean
@@ -32,6 +32,7 @@ from headrace.worker import Worker, measure
 
 EXPIRED = Failure(504, "deadline_exceeded", "the deadline passed before the request was computed")
 BROKEN = Failure(500, "stage_failed", "the replica failed on a call that this request was part of; its log says why")
+STORE_AWAY = Failure(503, "unavailable", "the store of features that this service reads cannot be used at the moment; the replica's log says why")
 UNHEARD = Failure(503, "unavailable", "the replica could not tell that it begins")
 _QUICK_S = 0.0002  # a call that takes less is computed by the loop itself
 _SLOW_S, _WARY_S = 0.01, 5.0  # one that took so long all the same, be it for want of a core, is the last one for so long
@@ -164,7 +165,7 @@ class Stations:
 
     def _compute(self, station: Station, seat: int, worker: Worker, call: Call) -> None:
         jobs = [share.job for share in call.shares]
-        settled = False
+        settled, why = False, None
         try:
             if jobs[0].alone and not jobs[0].started:
                 jobs[0].started = True
@@ -180,10 +181,14 @@ class Stations:
                 out = out.select([name for name in out.column_names if name in station.passes])
             complete, failed = self.floor.settle(station, seat, call, out, faults, time.perf_counter() - began_s)
             settled = True
+        except OnlineStoreError as error:  # no fault of these rows, nor of this process
+            print(f"headrace: {error}", file=sys.stderr, flush=True)
+            why = STORE_AWAY
+            return
         finally:
             if not settled:
                 self.floor.end(station, seat, call)
-                self.owner.deliver([(job, BROKEN if sys.exception() else UNHEARD) for job in jobs])
+                self.owner.deliver([(job, why or (BROKEN if sys.exception() else UNHEARD)) for job in jobs])
         if failed:
             self.owner.deliver([(job, failure(job.faults, single=job.single)) for job in failed])
         if complete:
