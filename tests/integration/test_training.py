@@ -274,3 +274,18 @@ def test_a_sweep_finds_the_best_settings_and_goes_on_where_it_was(source, tmp_pa
     assert [trial["state"] for trial in kept] == [trial.state for trial in second.trials]
     with pytest.raises(OutputError, match="holds a sweep over other settings; give the same --sweep, or choose an empty folder"):
         hr.sweep(training, input=source, output=out, space=["lr=0.001|0.3"], trials=2)
+
+
+def test_rows_that_only_reading_tells_are_counted_first(table, tmp_path):
+    """Of text files, and behind a filter: how many there are decides how far an epoch goes."""
+    from pyarrow import csv
+
+    from headrace.on_ray.train import Fit
+
+    csv.write_csv(table, tmp_path / "in.csv")
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=500)
+    positive = int((table["a"].to_numpy() > 0).sum())
+    for name in ("in.csv", "in.parquet"):
+        for options, rows in [({}, ROWS), ({"where": "a > 0"}, positive), ({"limit": 700}, 700), ({"where": "a > 0", "limit": 700}, 700)]:
+            fit = Fit.of(line(), input=hr.Input(str(tmp_path / name), **options), output=str(tmp_path / "out"))
+            assert fit.source.rows == rows, (name, options)

@@ -39,7 +39,7 @@ class OnWorker:
 
     def agree(self, mine: Agreement) -> tuple[Agreement, bool]:
         """See `Site`."""
-        return trainers.agree(mine), trainers.doomed()
+        return mine if self.workers == 1 else trainers.agree(mine), trainers.doomed()
 
     def told_to_stop(self) -> bool:
         """See `Site`."""

@@ -30,6 +30,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from headrace.errors import HeadraceError, OutputError, RunError
 from headrace.filesystems import Place
 from headrace.hardware import Choice
+from headrace.on_ray import compat
 from headrace.store import Folder
 
 __all__ = [
@@ -65,6 +66,8 @@ _VARIABLES = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a loop's relative paths are the user's
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor that looks for machines about to be taken away; of a Ray that was started here there is one
 
 T = TypeVar("T")
 
@@ -129,8 +132,9 @@ def _backend(framework: str | None) -> Any:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    os.environ |= {name: value for name, value in _VARIABLES.items() if before[name] is None}
+    wanted = _VARIABLES | ({_WATCHER: "0"} if compat.started_here() else {})
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= {name: value for name, value in wanted.items() if before[name] is None}
     try:
         yield
     finally:
@@ -260,7 +264,7 @@ def agree(mine: T) -> T:
 
 def doomed() -> bool:
     """Whether a machine of the workers is about to be taken away; all workers meet here."""
-    return ray.train.get_preemption_info() is not None
+    return os.environ.get(_WATCHER) != "0" and ray.train.get_preemption_info() is not None
 
 
 def keep(write: Callable[[Path], object], metrics: dict[str, float], *, wait: bool) -> None:
