@@ -228,22 +228,26 @@ class Fit:
         config = {"training": self.training, "log": log, "cpus": shape.choice.hardware.cpus, "epoch_rows": self.source.rows}
         rows = partial(_rows, plan, self.source, self.training, self.home, log)
         stop, asked = threading.Event(), False
-        with told_to_stop(stop), ThreadPoolExecutor(1, thread_name_prefix="headrace-training") as pool:
-            fitting = pool.submit(trainers.fit, work, config, home=self.home, shape=shape, rows=rows)
-            while not fitting.done():
-                stop.wait(_LOOK_S) if not asked else time.sleep(_LOOK_S)
-                if stop.is_set() and not asked:
-                    asked = True
-                    log.stop.remote()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="headrace-training")
+        try:
+            with told_to_stop(stop):
+                fitting = pool.submit(trainers.fit, work, config, home=self.home, shape=shape, rows=rows)
+                while not fitting.done():
+                    stop.wait(_LOOK_S) if not asked else time.sleep(_LOOK_S)
+                    if stop.is_set() and not asked:
+                        asked = True
+                        log.stop.remote()
+                    record.add(ray.get(log.drain.remote()))
+                    record.see(machines().values())
                 record.add(ray.get(log.drain.remote()))
-                record.see(machines().values())
-            record.add(ray.get(log.drain.remote()))
-            try:
                 fitting.result()
-            except trainers.TrainingFailedError as error:
-                raise _told(error) from error
-            except ray.exceptions.RayError as error:
-                raise translated(error) from error
+        except trainers.TrainingFailedError as error:
+            raise _told(error) from error
+        except ray.exceptions.RayError as error:
+            raise translated(error) from error
+        finally:
+            log.stop.remote()  # of workers that go on although nobody waits for them any more
+            pool.shutdown(wait=False)
         return self._ended(stopped=asked, failures=record.sums.failures)
 
     def _ended(self, *, stopped: bool, failures: Mapping[str, int]) -> Notes:
