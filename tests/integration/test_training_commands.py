@@ -66,17 +66,15 @@ def test_killed_and_given_again_it_goes_on_from_its_checkpoint(command, folder):
     look = threading.Event()
     try:
         seen = None
-        for _ in range(1200):
-            assert first.poll() is None, "it ended"
-            if (now := checkpoints(folder)) and seen and now != seen:
-                break  # at least two checkpoints
-            seen = seen or now
+        while first.poll() is None and not (seen and checkpoints(folder) != seen):  # until there are two checkpoints
+            seen = seen or checkpoints(folder)
             look.wait(0.1)
+        assert first.returncode is None, "it ended"
         first.send_signal(signal.SIGKILL)
     finally:
         first.kill()
         first.wait()
-    done = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05", "--json", "--price", "cpu=0.04")
+    done = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05", "--json", "--price", "cpu=0.04", timeout_s=420)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["state"], said["step"]) == ("succeeded", 160) and said["rows_in"] % 500 == 0 and 0 < said["rows_in"] <= 8_000 - 20 * 50
