@@ -145,7 +145,7 @@ class Fit:
         store, asked_s = Folder(self.place), time.time()
         facts = self._facts()
         self._check(store, facts, mode)
-        if (done := self._finished(store, facts)) and mode is not Mode.RESTART:
+        if mode is not Mode.RESTART and (done := self._finished(store, facts)):
             return done
         wait_until_free(store, uri=self.place.uri)
         joined = ray.is_initialized()
@@ -283,7 +283,7 @@ def _about(store: Folder) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise OutputError(f"{store.place.child(_ABOUT).uri!r} is damaged: {error}; begin again with --restart, or in an empty folder") from error
+        raise OutputError(f"{store.place.child(_ABOUT).uri!r} is damaged: {error}; choose an empty folder") from error
 
 
 def shape_of(training: Training, cluster: Cluster) -> tuple[trainers.Shape, Cluster]:
