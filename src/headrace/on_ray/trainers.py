@@ -21,6 +21,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -53,6 +54,7 @@ __all__ = [
 EXPERIMENT = "train"  # the folder in which Ray Train keeps checkpoints
 _POINTER = "checkpoint.json"  # beside it, the name of the last complete one
 _KEPT = 2  # checkpoints
+_SPARE_CPUS = 1  # that workers of an elastic number leave
 _BACKENDS = {
     "torch": ("ray.train.torch", "TorchConfig"),
     "lightgbm": ("ray.train.lightgbm", "LightGBMConfig"),
@@ -148,6 +150,8 @@ class _Trainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         given["failure_policy"] = _Policy(cast(FailureConfig, self.run_config.failure_config))
+        if isinstance(given["scaling_policy"], ElasticScalingPolicy):
+            given["scaling_policy"] = _Leaving(given["scaling_policy"].scaling_config)
         return super()._initialize_and_run_controller(**given)
 
 
@@ -161,6 +165,15 @@ class _Policy(DefaultFailurePolicy):
         if mistakes and not died:  # when one dies, the others may fail in whatever connects them
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+class _Leaving(ElasticScalingPolicy):
+    """Ray's own, but it leaves a core to what prepares the rows: workers on all cores would wait for them for ever."""
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible: int = super()._count_possible_workers(reserved_resources)
+        cpus = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
+        return min(possible, int((ray.cluster_resources().get("CPU", 0) - _SPARE_CPUS) // cpus)) if cpus else possible
 
 
 class _Pointer(UserCallback):
