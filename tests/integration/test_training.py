@@ -289,3 +289,17 @@ def test_rows_that_only_reading_tells_are_counted_first(table, tmp_path):
         for options, rows in [({}, ROWS), ({"where": "a > 0"}, positive), ({"limit": 700}, 700), ({"where": "a > 0", "limit": 700}, 700)]:
             fit = Fit.of(line(), input=hr.Input(str(tmp_path / name), **options), output=str(tmp_path / "out"))
             assert fit.source.rows == rows, (name, options)
+
+
+def test_epochs_of_one_row_group_are_read_one_after_the_other():
+    """Units of a row group are read in one scan, but the same unit again is another scan."""
+    import pickle
+
+    from headrace.loops.position import left
+    from headrace.on_ray.operators import pack
+    from headrace.units import Unit
+
+    units = [Unit(0, ("a.parquet",), 0, 0, 10, 1, 1), Unit(1, ("a.parquet",), 0, 10, 10, 1, 1)]
+    tasks = pack(left(units, epochs=3, shuffle=False, seed=0, taken={}), 1000)
+    scans = [scan for task in tasks for packed in task["scans"].to_pylist() for scan in pickle.loads(packed)]
+    assert [[unit.id for unit, _ in scan] for scan in scans] == [[0, 1], [2, 3], [4, 5]]
