@@ -19,6 +19,7 @@ from ray.data import DataContext, Dataset
 from ray.train import Checkpoint, DataConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
@@ -27,6 +28,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConf
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
+from ray.util import placement_group, remove_placement_group
 
 from headrace.errors import HeadraceError, OutputError, RunError
 from headrace.filesystems import Place
@@ -55,6 +57,7 @@ EXPERIMENT = "train"  # the folder in which Ray Train keeps checkpoints
 _POINTER = "checkpoint.json"  # beside it, the name of the last complete one
 _KEPT = 2  # checkpoints
 _SPARE_CPUS = 1  # that workers of an elastic number leave
+_HOLD_S = 10  # to wait for them
 _BACKENDS = {
     "torch": ("ray.train.torch", "TorchConfig"),
     "lightgbm": ("ray.train.lightgbm", "LightGBMConfig"),
@@ -64,7 +67,7 @@ _SHARD = "rows"
 _POLL_S = "0.5"  # between looks of Ray Train at its workers
 _VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_S,
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a minute is too short for a machine with its hands full, and it would begin again and again
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # until there is room; then an elastic number is found anew
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a loop's relative paths are the user's
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
@@ -96,6 +99,9 @@ def fit(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], *, home:
     resources = {"CPU": hardware.cpus, "GPU": hardware.gpus} | ({"memory": hardware.memory_gb * 1e9} if hardware.memory_gb else {})
     ordered = DataContext.get_current().copy().execution_options
     ordered.preserve_order = True  # the rows come in the order in which they were asked for
+    spare = _Spare(rows)
+    elastic = not isinstance(shape.workers, int)
+    callbacks: list[Any] = [_Pointer(home), *([spare] if elastic else [])]
     with _environment():
         trainer = _Trainer(
             loop,
@@ -113,10 +119,10 @@ def fit(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], *, home:
                 storage_filesystem=home.filesystem,
                 failure_config=FailureConfig(max_failures=shape.retries),
                 checkpoint_config=CheckpointConfig(num_to_keep=_KEPT),
-                callbacks=[_Pointer(home)],
+                callbacks=callbacks,
                 logging_config=LoggingConfig("ERROR"),
             ),
-            datasets={_SHARD: rows},
+            datasets={_SHARD: spare.rows if elastic else rows},
             dataset_config=DataConfig(execution_options=ordered),
         )
         trainer.fit()
@@ -174,6 +180,30 @@ class _Leaving(ElasticScalingPolicy):
         possible: int = super()._count_possible_workers(reserved_resources)
         cpus = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
         return min(possible, int((ray.cluster_resources().get("CPU", 0) - _SPARE_CPUS) // cpus)) if cpus else possible
+
+
+class _Spare(WorkerGroupCallback):
+    """Holds a core while workers get theirs, and lets go of it when their rows are made: what is known of a cluster may be older than its loss of a node."""
+
+    def __init__(self, rows: Callable[[], Dataset]) -> None:
+        self._rows = rows
+        self._held: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """See Ray."""
+        self._release()
+        self._held = placement_group([{"CPU": _SPARE_CPUS}])
+        self._held.wait(_HOLD_S)
+
+    def rows(self) -> Dataset:
+        """The dataset; workers have their places by now."""
+        self._release()
+        return self._rows()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            remove_placement_group(self._held)
+        self._held = None
 
 
 class _Pointer(UserCallback):
