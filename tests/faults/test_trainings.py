@@ -26,7 +26,7 @@ NODE = {"num_cpus": 2, "resources": {"seat": 1}, "object_store_memory": 128 << 2
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    nap_s: float = 0.05
+    nap_s: float = 0.5
 
 
 def descend(shard: Any, settings: Settings, run: Any) -> None:
@@ -103,7 +103,7 @@ def test_before_a_machine_is_taken_away_it_is_saved(cluster: Cluster, tmp_path: 
             accepted, why = GcsClient(address=cluster.address).drain_node(drained[0], reason, "taken away", int((time.time() + 20) * 1000))
             assert accepted, why
 
-    training = hr.Training("line", descend, workers=(1, 4), settings=Settings(nap_s=0.2), checkpoint_every="1h")
+    training = hr.Training("line", descend, workers=(1, 4), settings=Settings(), checkpoint_every="1h")
     result = hr.train(training, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), watch=warn)
     saved = [event.step for event in events if isinstance(event, CheckpointSaved) and not event.done]
     starts = [event for event in events if isinstance(event, WorkersStarted)]
