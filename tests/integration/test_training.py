@@ -271,7 +271,7 @@ def test_a_sweep_finds_the_best_settings_and_goes_on_where_it_was(source, tmp_pa
     assert {trial.settings["lr"] for trial in second.trials} == {0.001, 0.2, 1e9}
     assert second.best is not None and second.best.settings == {"lr": 0.2} and second.best.metrics["loss"] < 0.01
     assert np.load(f"{second.best.output}/checkpoint/weights.npy") == pytest.approx([2, -3], abs=0.1)
-    kept = json.loads((tmp_path / "out/_headrace/trials.json").read_text())
+    kept = json.loads((tmp_path / "out/_sweep/trials.json").read_text())
     assert [trial["state"] for trial in kept] == [trial.state for trial in second.trials]
     with pytest.raises(OutputError, match="holds a sweep over other settings; give the same --sweep, or choose an empty folder"):
         hr.sweep(training, input=source, output=out, space=["lr=0.001|0.3"], trials=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -54,6 +55,7 @@ _ABOUT = f"{HOME}/training.json"
 _MODES = (Mode.RESUME, Mode.ACCEPT_CHANGE, Mode.RESTART)
 _ALL = 1 << 62  # rows: counted to the last
 _LOOK_S = 0.5
+_CLAIMED = 20  # looks between two whether the output is still this run's
 
 Watch = Callable[[Sequence[Event]], object]
 
@@ -232,7 +234,11 @@ class Fit:
         try:
             with told_to_stop(stop):
                 fitting = pool.submit(trainers.fit, work, config, home=self.home, shape=shape, rows=rows)
-                while not fitting.done():
+                for look in itertools.count(1):
+                    if fitting.done():
+                        break
+                    if look % _CLAIMED == 0:
+                        held.check()
                     stop.wait(_LOOK_S) if not asked else time.sleep(_LOOK_S)
                     if stop.is_set() and not asked:
                         asked = True
