@@ -49,9 +49,9 @@ def descend(shard: Any, settings: Settings, run: Any) -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head with cores for what prepares rows, and this process joined to it."""
+    """A head with a core, to which nodes are added: four workers need both of them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 256 << 20})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 256 << 20})
     try:
         yield cluster
     finally:
