@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import headrace as hr
-from headrace.events import CheckpointSaved, Event, WorkersStarted
+from headrace.events import CheckpointSaved, Event, StepsDone, WorkersStarted
 
 pytestmark = pytest.mark.faults
 
@@ -26,7 +26,7 @@ NODE = {"num_cpus": 2, "resources": {"seat": 1}, "object_store_memory": 128 << 2
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    nap_s: float = 0.05
+    nap_s: float = 0.5
 
 
 def descend(shard: Any, settings: Settings, run: Any) -> None:
@@ -49,9 +49,9 @@ def descend(shard: Any, settings: Settings, run: Any) -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head with cores for what prepares rows, and this process joined to it."""
+    """A head with a core, to which nodes are added: four workers need both of them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 256 << 20})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 256 << 20})
     try:
         yield cluster
     finally:
@@ -79,3 +79,33 @@ def test_it_goes_on_with_fewer_workers_when_a_node_goes(cluster: Cluster, tmp_pa
     starts = [event.workers for event in events if isinstance(event, WorkersStarted)]
     assert len(nodes) == 1 and len(starts) >= 2 and min(starts[1:]) < starts[0]
     assert result.record.state == "succeeded" and result.metrics["loss"] < 0.01
+
+
+def test_before_a_machine_is_taken_away_it_is_saved(cluster: Cluster, tmp_path: Path) -> None:
+    """Told by the cluster, with an hour between checkpoints otherwise: what is made again is a second's work, not all of it."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(2, ROWS))
+    pq.write_table(pa.table({"a": a, "b": b, "y": 2 * a - 3 * b}), tmp_path / "in.parquet", row_group_size=500)
+    nodes = [cluster.add_node(**NODE), cluster.add_node(**NODE)]
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    events: list[Event] = []
+    drained: list[str] = []
+
+    def warn(new: Sequence[Event]) -> None:
+        events.extend(new)
+        if not drained and any(isinstance(event, StepsDone) and event.step >= 10 for event in events):
+            drained.append(nodes[1].node_id)
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            accepted, why = GcsClient(address=cluster.address).drain_node(drained[0], reason, "taken away", int((time.time() + 20) * 1000))
+            assert accepted, why
+
+    training = hr.Training("line", descend, workers=(1, 4), settings=Settings(), checkpoint_every="1h")
+    result = hr.train(training, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), watch=warn)
+    saved = [event.step for event in events if isinstance(event, CheckpointSaved) and not event.done]
+    starts = [event for event in events if isinstance(event, WorkersStarted)]
+    assert drained and saved and result.record.state == "succeeded"
+    assert len(starts) == 1 or starts[1].step == saved[0]

@@ -71,8 +71,9 @@ def seen(shard, settings, run):
         given += batch["id"].tolist()
         time.sleep(settings.nap_s)
         run.checkpoint(lambda folder: (folder / "nothing").touch())
-        with open(path, "w") as file:
+        with open(f"{path}.part", "w") as file:
             json.dump(given, file)
+        os.replace(f"{path}.part", path)  # it may be killed at any moment
 
 
 def line(**options):
@@ -140,7 +141,7 @@ def test_two_workers_are_given_every_row_once_in_every_epoch(source, tmp_path):
     assert len(killed) == 2 and len(starts) == 3 and 0 < starts[1] < starts[2]
     assert result.record.restarts == 2 and result.record.step == 2 * ROWS // 2 // 40
     given = []
-    for name in os.listdir(marks):
+    for name in (name for name in os.listdir(marks) if not name.endswith(".part")):
         began = starts.index(int(name.split("-")[2]))
         # Of those that were killed, what was given after the checkpoint that the next ones began with does not count.
         steps = starts[began + 1] - starts[began] if began < 2 else None
@@ -270,7 +271,36 @@ def test_a_sweep_finds_the_best_settings_and_goes_on_where_it_was(source, tmp_pa
     assert {trial.settings["lr"] for trial in second.trials} == {0.001, 0.2, 1e9}
     assert second.best is not None and second.best.settings == {"lr": 0.2} and second.best.metrics["loss"] < 0.01
     assert np.load(f"{second.best.output}/checkpoint/weights.npy") == pytest.approx([2, -3], abs=0.1)
-    kept = json.loads((tmp_path / "out/_headrace/trials.json").read_text())
+    kept = json.loads((tmp_path / "out/_sweep/trials.json").read_text())
     assert [trial["state"] for trial in kept] == [trial.state for trial in second.trials]
     with pytest.raises(OutputError, match="holds a sweep over other settings; give the same --sweep, or choose an empty folder"):
         hr.sweep(training, input=source, output=out, space=["lr=0.001|0.3"], trials=2)
+
+
+def test_rows_that_only_reading_tells_are_counted_first(table, tmp_path):
+    """Of text files, and behind a filter: how many there are decides how far an epoch goes."""
+    from pyarrow import csv
+
+    from headrace.on_ray.train import Fit
+
+    csv.write_csv(table, tmp_path / "in.csv")
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=500)
+    positive = int((table["a"].to_numpy() > 0).sum())
+    for name in ("in.csv", "in.parquet"):
+        for options, rows in [({}, ROWS), ({"where": "a > 0"}, positive), ({"limit": 700}, 700), ({"where": "a > 0", "limit": 700}, 700)]:
+            fit = Fit.of(line(), input=hr.Input(str(tmp_path / name), **options), output=str(tmp_path / "out"))
+            assert fit.source.rows == rows, (name, options)
+
+
+def test_epochs_of_one_row_group_are_read_one_after_the_other():
+    """Units of a row group are read in one scan, but the same unit again is another scan."""
+    import pickle
+
+    from headrace.loops.position import left
+    from headrace.on_ray.operators import pack
+    from headrace.units import Unit
+
+    units = [Unit(0, ("a.parquet",), 0, 0, 10, 1, 1), Unit(1, ("a.parquet",), 0, 10, 10, 1, 1)]
+    tasks = pack(left(units, epochs=3, shuffle=False, seed=0, taken={}), 1000)
+    scans = [scan for task in tasks for packed in task["scans"].to_pylist() for scan in pickle.loads(packed)]
+    assert [[unit.id for unit, _ in scan] for scan in scans] == [[0, 1], [2, 3], [4, 5]]

@@ -66,17 +66,15 @@ def test_killed_and_given_again_it_goes_on_from_its_checkpoint(command, folder):
     look = threading.Event()
     try:
         seen = None
-        for _ in range(1200):
-            assert first.poll() is None, "it ended"
-            if (now := checkpoints(folder)) and seen and now != seen:
-                break  # at least two checkpoints
-            seen = seen or now
+        while first.poll() is None and not (seen and checkpoints(folder) != seen):  # until there are two checkpoints
+            seen = seen or checkpoints(folder)
             look.wait(0.1)
+        assert first.returncode is None, "it ended"
         first.send_signal(signal.SIGKILL)
     finally:
         first.kill()
         first.wait()
-    done = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05", "--json", "--price", "cpu=0.04")
+    done = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05", "--json", "--price", "cpu=0.04", timeout_s=420)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["state"], said["step"]) == ("succeeded", 160) and said["rows_in"] % 500 == 0 and 0 < said["rows_in"] <= 8_000 - 20 * 50
@@ -102,3 +100,16 @@ def test_mistakes_are_told_in_words(command, folder):
     (folder / "empty.py").write_text("")
     done = command("train", "empty.py", "--input", "in.parquet", "--output", "out")
     assert done.returncode == 2 and "empty.py has no trainings; define one, such as prices = hr.Training('prices', fit)" in done.stderr
+
+
+def test_a_sweep_prints_its_trials_and_each_is_a_training(command, folder):
+    """The best first; and what is no setting is told before anything runs."""
+    done = command("train", "line.py", "--input", "in.parquet", "--output", "sweep", "--sweep", "lr=5", "--trials", "2")
+    assert done.returncode == 2 and "names one value; a sweep needs several" in done.stderr
+    options = ["--sweep", "lr=0.002|0.1", "--trials", "2", "--epochs", "1"]
+    done = command("train", "line.py", "--input", "in.parquet", "--output", "sweep", *options, timeout_s=420)
+    assert done.returncode == 0, done.stderr
+    assert "(2 of 2)" in done.stderr  # the worse one may be stopped early
+    assert done.stdout.index("lr=0.1") < done.stdout.index("lr=0.002") < done.stdout.index("the best is saved in sweep/trials/000")
+    listed = command("runs", "sweep").stdout
+    assert "sweep/trials/0000" in listed and "sweep/trials/0001" in listed and "succeeded" in listed

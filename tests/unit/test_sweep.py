@@ -85,3 +85,31 @@ def test_the_best_is_a_finished_one_that_has_the_metric():
     assert best(trials, metric="loss", largest=False).number == 3
     assert best(trials, metric="loss", largest=True).number == 1
     assert best(trials, metric="other", largest=True) is None
+
+
+def test_trials_are_told_once_and_ranked(capsys):
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from headrace.cli.sweep_progress import SweepProgress, tell
+
+    trials = (
+        Trial(0, {"lr": 0.1}, "finished", {"loss": 0.5}, "out/trials/0000"),
+        Trial(1, {"lr": 0.25}, "finished", {"loss": 0.25}, "out/trials/0001"),
+        Trial(2, {"lr": 0.5}, "stopped", {"loss": 0.1}),
+        Trial(3, {"lr": 2.0}, "failed", {}, error="StageError: it diverged"),
+    )
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    with console.file, SweepProgress("loss", console=console) as progress:
+        progress.update([trials[0], Trial(1, {"lr": 0.25}, "running", {"loss": 9.0})])
+        progress.update(trials[:2])
+    said = console.export_text()
+    assert said.count("trial 0 lr=0.1 finished: loss 0.5 (1 of 2)") == 1 and said.count("trial 1 lr=0.25 finished: loss 0.25 (2 of 2)") == 1
+
+    tell(SimpleNamespace(trials=trials, best=trials[1]), metric="loss", largest=False, quiet=False, as_json=False)
+    printed = capsys.readouterr().out
+    assert "2 finished, 1 stopped, 1 failed" in printed and "the best is saved in out/trials/0001/checkpoint" in printed
+    assert printed.index("lr=0.25") < printed.index("lr=0.1") < printed.index("lr=0.5") < printed.index("it diverged")
+    tell(SimpleNamespace(trials=trials, best=trials[1]), metric="loss", largest=False, quiet=True, as_json=True)
+    assert '"best": 1' in capsys.readouterr().out

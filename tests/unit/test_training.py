@@ -179,6 +179,17 @@ def test_cut_off_twice_it_still_ends_as_if_it_had_not_been(tmp_path):
     assert resumed.record.rows_in == 400 - 20 * 16 and resumed.curve("loss") == undisturbed.curve("loss")[20:]
 
 
+def test_cut_off_after_its_last_step_it_keeps_what_it_had_saved(tmp_path):
+    """No rows are left, so the loop saves nothing itself: the last checkpoint has what the one before it had."""
+    undisturbed = training().local(rows())
+    with pytest.raises(BrokenError):  # at the last of 25 steps, right after it was saved
+        training(settings=Settings(stop_at=25), checkpoint_every=1).local(rows(), folder=tmp_path)
+    resumed = training(settings=Settings(stop_at=25), checkpoint_every=1).local(rows(), folder=tmp_path)
+    assert (resumed.record.rows_in, resumed.metrics) == (0, undisturbed.metrics)
+    assert (np.load(f"{resumed.checkpoint}/weights.npy") == np.load(f"{undisturbed.checkpoint}/weights.npy")).all()
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["_headrace.json", "_position-00000.json", "weights.npy"]
+
+
 def test_a_loop_that_had_ended_is_left_alone(tmp_path):
     first = training().local(rows(), folder=tmp_path)
     again = training().local(rows(), folder=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -182,7 +183,9 @@ class Run:
         taken = self._shard.position().taken()
 
         def write(folder: Path) -> None:
-            if self._save is not None and (self.rank == 0 or self._save[1]):
+            if self._save is None and self.rank == 0:
+                _carry(self._site.restored(), folder)  # a loop that was given no more rows has saved nothing: what it began with is what it has
+            elif self._save is not None and (self.rank == 0 or self._save[1]):
                 self._save[0](folder)
             (folder / f"{POSITIONS}{self.rank:05d}.json").write_text(position.to_json(taken), encoding="utf-8")
             if self.rank == 0:
@@ -212,3 +215,9 @@ class Run:
             kept = self._points[::-1][::stride][::-1]  # the last one is among them
             self._points = []
             self._site.tell(MetricsReported(tuple(step for step, _ in kept), tuple(tuple(values.items()) for _, values in kept)))
+
+
+def _carry(before: Path | None, folder: Path) -> None:
+    """The loop's own files of a checkpoint, to the next one."""
+    if before is not None:
+        shutil.copytree(before, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(NOTES, f"{POSITIONS}*"))

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import ray
 
 from headrace.calls import run_loop
-from headrace.errors import OutputError
+from headrace.errors import HeadraceError, OutputError
 from headrace.events import Event, RowsFailed, WorkersStarted
 from headrace.filesystems import locate
 from headrace.lineage import FAULT, Fault
@@ -39,7 +39,7 @@ class OnWorker:
 
     def agree(self, mine: Agreement) -> tuple[Agreement, bool]:
         """See `Site`."""
-        return trainers.agree(mine), trainers.doomed()
+        return mine if self.workers == 1 else trainers.agree(mine), trainers.doomed()
 
     def told_to_stop(self) -> bool:
         """See `Site`."""
@@ -72,6 +72,9 @@ def work(config: dict[str, Any]) -> None:
             run_loop(training.name, training.loop, shard, training.settings, run)
         except Halted:
             return
+        except HeadraceError:
+            trainers.flush()  # what is still on its way is where the next run begins
+            raise
         run.finish()
 
 

@@ -13,7 +13,6 @@ from headrace.errors import HardwareError, HeadraceError, OutputError, RunError,
 from headrace.events import Event
 from headrace.filesystems import Place, locate
 from headrace.formats import Input
-from headrace.ledger import HOME
 from headrace.loops.result import Sums
 from headrace.loops.space import Space, Trial, best, draw, parse_space
 from headrace.on_ray import compat, tuners
@@ -25,8 +24,8 @@ from headrace.resume import Mode
 from headrace.store import Folder
 from headrace.training import Training
 
-_TRIALS = f"{HOME}/trials.json"
-_ABOUT = f"{HOME}/sweep.json"
+_HOME = "_sweep"  # what belongs to the sweep itself; each of its trials is an output of its own
+_TRIALS, _ABOUT = f"{_HOME}/trials.json", f"{_HOME}/sweep.json"
 
 Watch = Callable[[Sequence[Trial]], object]
 
@@ -94,7 +93,7 @@ class Sweep:
                     at_once=at_once,
                     metric=self.metric,
                     largest=self.largest,
-                    home=self.fit.home,
+                    home=self.fit.place.child(_HOME),
                     note=note,
                 )
             except ray.exceptions.RayError as error:

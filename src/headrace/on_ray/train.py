@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -54,6 +55,7 @@ _ABOUT = f"{HOME}/training.json"
 _MODES = (Mode.RESUME, Mode.ACCEPT_CHANGE, Mode.RESTART)
 _ALL = 1 << 62  # rows: counted to the last
 _LOOK_S = 0.5
+_CLAIMED = 20  # looks between two whether the output is still this run's
 
 Watch = Callable[[Sequence[Event]], object]
 
@@ -145,7 +147,7 @@ class Fit:
         store, asked_s = Folder(self.place), time.time()
         facts = self._facts()
         self._check(store, facts, mode)
-        if (done := self._finished(store, facts)) and mode is not Mode.RESTART:
+        if mode is not Mode.RESTART and (done := self._finished(store, facts)):
             return done
         wait_until_free(store, uri=self.place.uri)
         joined = ray.is_initialized()
@@ -228,22 +230,30 @@ class Fit:
         config = {"training": self.training, "log": log, "cpus": shape.choice.hardware.cpus, "epoch_rows": self.source.rows}
         rows = partial(_rows, plan, self.source, self.training, self.home, log)
         stop, asked = threading.Event(), False
-        with told_to_stop(stop), ThreadPoolExecutor(1, thread_name_prefix="headrace-training") as pool:
-            fitting = pool.submit(trainers.fit, work, config, home=self.home, shape=shape, rows=rows)
-            while not fitting.done():
-                stop.wait(_LOOK_S) if not asked else time.sleep(_LOOK_S)
-                if stop.is_set() and not asked:
-                    asked = True
-                    log.stop.remote()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="headrace-training")
+        try:
+            with told_to_stop(stop):
+                fitting = pool.submit(trainers.fit, work, config, home=self.home, shape=shape, rows=rows)
+                for look in itertools.count(1):
+                    if fitting.done():
+                        break
+                    if look % _CLAIMED == 0:
+                        held.check()
+                    stop.wait(_LOOK_S) if not asked else time.sleep(_LOOK_S)
+                    if stop.is_set() and not asked:
+                        asked = True
+                        log.stop.remote()
+                    record.add(ray.get(log.drain.remote()))
+                    record.see(machines().values())
                 record.add(ray.get(log.drain.remote()))
-                record.see(machines().values())
-            record.add(ray.get(log.drain.remote()))
-            try:
                 fitting.result()
-            except trainers.TrainingFailedError as error:
-                raise _told(error) from error
-            except ray.exceptions.RayError as error:
-                raise translated(error) from error
+        except trainers.TrainingFailedError as error:
+            raise _told(error) from error
+        except ray.exceptions.RayError as error:
+            raise translated(error) from error
+        finally:
+            log.stop.remote()  # of workers that go on although nobody waits for them any more
+            pool.shutdown(wait=False)
         return self._ended(stopped=asked, failures=record.sums.failures)
 
     def _ended(self, *, stopped: bool, failures: Mapping[str, int]) -> Notes:
@@ -279,7 +289,7 @@ def _about(store: Folder) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise OutputError(f"{store.place.child(_ABOUT).uri!r} is damaged: {error}; begin again with --restart, or in an empty folder") from error
+        raise OutputError(f"{store.place.child(_ABOUT).uri!r} is damaged: {error}; choose an empty folder") from error
 
 
 def shape_of(training: Training, cluster: Cluster) -> tuple[trainers.Shape, Cluster]:

@@ -19,23 +19,45 @@ from ray.data import DataContext, Dataset
 from ray.train import Checkpoint, DataConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
+from ray.util import placement_group, remove_placement_group
 
 from headrace.errors import HeadraceError, OutputError, RunError
 from headrace.filesystems import Place
 from headrace.hardware import Choice
+from headrace.on_ray import compat
 from headrace.store import Folder
 
-__all__ = ["EXPERIMENT", "Shape", "TrainingFailedError", "agree", "doomed", "fit", "innermost", "keep", "latest", "mend", "restored", "stream", "whoami"]
+__all__ = [
+    "EXPERIMENT",
+    "Shape",
+    "TrainingFailedError",
+    "agree",
+    "doomed",
+    "fit",
+    "flush",
+    "innermost",
+    "keep",
+    "latest",
+    "mend",
+    "restored",
+    "stream",
+    "whoami",
+]
 
 EXPERIMENT = "train"  # the folder in which Ray Train keeps checkpoints
 _POINTER = "checkpoint.json"  # beside it, the name of the last complete one
 _KEPT = 2  # checkpoints
+_SPARE_CPUS = 1  # that workers of an elastic number leave
+_HOLD_S = 10  # to wait for them
 _BACKENDS = {
     "torch": ("ray.train.torch", "TorchConfig"),
     "lightgbm": ("ray.train.lightgbm", "LightGBMConfig"),
@@ -45,10 +67,12 @@ _SHARD = "rows"
 _POLL_S = "0.5"  # between looks of Ray Train at its workers
 _VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_S,
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a minute is too short for a machine with its hands full, and it would begin again and again
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # until there is room; then an elastic number is found anew
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a loop's relative paths are the user's
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor that looks for machines about to be taken away; of a Ray that was started here there is one
 
 T = TypeVar("T")
 
@@ -75,6 +99,9 @@ def fit(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], *, home:
     resources = {"CPU": hardware.cpus, "GPU": hardware.gpus} | ({"memory": hardware.memory_gb * 1e9} if hardware.memory_gb else {})
     ordered = DataContext.get_current().copy().execution_options
     ordered.preserve_order = True  # the rows come in the order in which they were asked for
+    spare = _Spare(rows)
+    elastic = not isinstance(shape.workers, int)
+    callbacks: list[Any] = [_Pointer(home), *([spare] if elastic else [])]
     with _environment():
         trainer = _Trainer(
             loop,
@@ -92,10 +119,10 @@ def fit(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], *, home:
                 storage_filesystem=home.filesystem,
                 failure_config=FailureConfig(max_failures=shape.retries),
                 checkpoint_config=CheckpointConfig(num_to_keep=_KEPT),
-                callbacks=[_Pointer(home)],
+                callbacks=callbacks,
                 logging_config=LoggingConfig("ERROR"),
             ),
-            datasets={_SHARD: rows},
+            datasets={_SHARD: spare.rows if elastic else rows},
             dataset_config=DataConfig(execution_options=ordered),
         )
         trainer.fit()
@@ -113,8 +140,9 @@ def _backend(framework: str | None) -> Any:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _VARIABLES}
-    os.environ |= {name: value for name, value in _VARIABLES.items() if before[name] is None}
+    wanted = _VARIABLES | ({_WATCHER: "0"} if compat.started_here() else {})
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= {name: value for name, value in wanted.items() if before[name] is None}
     try:
         yield
     finally:
@@ -128,6 +156,8 @@ class _Trainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         given["failure_policy"] = _Policy(cast(FailureConfig, self.run_config.failure_config))
+        if isinstance(given["scaling_policy"], ElasticScalingPolicy):
+            given["scaling_policy"] = _Leaving(given["scaling_policy"].scaling_config)
         return super()._initialize_and_run_controller(**given)
 
 
@@ -141,6 +171,39 @@ class _Policy(DefaultFailurePolicy):
         if mistakes and not died:  # when one dies, the others may fail in whatever connects them
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+class _Leaving(ElasticScalingPolicy):
+    """Ray's own, but it leaves a core to what prepares the rows: workers on all cores would wait for them for ever."""
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible: int = super()._count_possible_workers(reserved_resources)
+        cpus = self.scaling_config._resources_per_worker_not_none.get("CPU", 0)
+        return min(possible, int((ray.cluster_resources().get("CPU", 0) - _SPARE_CPUS) // cpus)) if cpus else possible
+
+
+class _Spare(WorkerGroupCallback):
+    """Holds a core while workers get theirs, and lets go of it when their rows are made: what is known of a cluster may be older than its loss of a node."""
+
+    def __init__(self, rows: Callable[[], Dataset]) -> None:
+        self._rows = rows
+        self._held: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """See Ray."""
+        self._release()
+        self._held = placement_group([{"CPU": _SPARE_CPUS}])
+        self._held.wait(_HOLD_S)
+
+    def rows(self) -> Dataset:
+        """The dataset; workers have their places by now."""
+        self._release()
+        return self._rows()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            remove_placement_group(self._held)
+        self._held = None
 
 
 class _Pointer(UserCallback):
@@ -244,7 +307,7 @@ def agree(mine: T) -> T:
 
 def doomed() -> bool:
     """Whether a machine of the workers is about to be taken away; all workers meet here."""
-    return ray.train.get_preemption_info() is not None
+    return os.environ.get(_WATCHER) != "0" and ray.train.get_preemption_info() is not None
 
 
 def keep(write: Callable[[Path], object], metrics: dict[str, float], *, wait: bool) -> None:
@@ -253,3 +316,8 @@ def keep(write: Callable[[Path], object], metrics: dict[str, float], *, wait: bo
     write(Path(folder))
     mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
     ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+
+
+def flush() -> None:
+    """Wait for checkpoints that were sent off; there can be no more of them. Ray does so itself where the loop returns."""
+    get_train_context().checkpoint_upload_threadpool.shutdown()

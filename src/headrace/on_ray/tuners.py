@@ -98,6 +98,9 @@ class _Notes(tune.Callback):
     def __init__(self, note: Callable[..., None]) -> None:
         self.note = note
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"note": _silent}  # Tune keeps a copy for a way of resuming that is not used: a terminal cannot be kept
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """See Ray Tune."""
         self.note(trial.config["number"], state="running", metrics=_metrics(result))
@@ -111,6 +114,10 @@ class _Notes(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Ray Tune."""
         self.note(trial.config["number"], state="failed", error="its process died; the log of Ray Tune says more")
+
+
+def _silent(number: int, **values: Any) -> None:
+    """Tells nobody."""
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
