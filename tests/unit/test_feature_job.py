@@ -1,6 +1,10 @@
 """The job of features in this process: the same values as the join itself, resumed after any failure, and nothing mixed."""
 
 import datetime as dt
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +325,27 @@ def test_the_command_publishes_what_is_known(folder):
     assert isinstance(refused.exception, SettingError)
 
 
+def test_files_that_are_dropped_are_picked_up_once(folder):
+    """The loop computes and publishes what a new file tells of, and ends when it is told to."""
+    Path("views.py").write_text(VIEWS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(hr.__file__).parents[1])}
+    command = ["features", "views.py::stays", "--input", "events", "--output", "out", "--local", "--follow", "50ms", "--publish", "features.db"]
+    with subprocess.Popen([sys.executable, "-m", "headrace", *command], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert f"from {EVENTS} events" in process.stdout.readline()
+        assert "published" in process.stdout.readline()
+        more = pq.read_table("events/0.parquet").slice(0, 1).set_column(0, "k", pa.array([5000]))
+        pq.write_table(more, ".dropped")
+        os.rename(".dropped", "events/9.parquet")  # whole, or not there
+        assert f"from {EVENTS + 1} events" in process.stdout.readline()
+        assert "published" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == ""
+        assert process.wait(60) == 130
+    with open_store("features.db", make=False) as store:
+        assert store.read("stays", [5000])["n"].null_count == 0
+    assert sum(row["k"] == 5000 for row in read("out")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "part"),
     [
@@ -328,6 +353,8 @@ def test_the_command_publishes_what_is_known(folder):
         (("empty.py", "-o", "out"), PipelineFileError, "no feature view"),
         (("twice.py", "-o", "out"), PipelineFileError, "two feature views of one name"),
         (("views.py", "-o", "out"), DefinitionError, "one view at a time"),
+        (("views.py::stays", "-o", "out", "--follow", "soon"), DefinitionError, "--follow must be a number and a unit"),
+        (("views.py::stays", "-o", "out", "--follow", "30s", "--at", "2024-03-31"), SettingError, "--at says nothing"),
         (("views.py::stays", "-o", "out", "--at", "yesterday"), SettingError, "--at 'yesterday' is no instant"),
     ],
 )
