@@ -119,14 +119,14 @@ def test_a_worker_that_is_killed_costs_nothing(data, monkeypatch):
     @ray.remote(num_cpus=1, max_retries=3)
     def deadly(task):
         name = f"{type(task).__name__}-{task.name}"
-        if name in ("Cut-0-00000", "Join-00000") and not (data / name).exists():
+        if name in ("Cut-0-0-00000", "Join-0-00000") and not (data / name).exists():
             (data / name).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return task()
 
     monkeypatch.setattr(on_ray, "_do", deadly)
     run(data, [view(data)])
-    assert (data / "Cut-0-00000").exists() and (data / "Join-00000").exists()
+    assert (data / "Cut-0-0-00000").exists() and (data / "Join-0-00000").exists()
     assert rows(data) == hr.training_set(str(data / "labels.parquet"), view(data)).to_pylist()
 
 
@@ -152,7 +152,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("step", ["request.json", "cut/0-00000.json", "joined/00001.json", "report.json"])
+@pytest.mark.parametrize("step", ["request.json", "cut/0-0-00000.json", "joined/0-00001.json", "report.json"])
 def test_a_driver_that_is_killed_goes_on_where_it_was(data, step):
     """SIGKILL right after a step counts; the same command then ends with the same output. Without Ray, so that nothing is left behind."""
     (data / "views.py").write_text(VIEWS)

@@ -1,6 +1,10 @@
 """The job of features in this process: the same values as the join itself, resumed after any failure, and nothing mixed."""
 
 import datetime as dt
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +97,7 @@ def test_what_is_known_at_an_instant_in_parts_is_latest(folder, parts):
     expected = f.latest(view(), pq.read_table("events"), at=NOON).to_pylist()
     assert repr(sorted(read("out"), key=lambda row: row["k"])) == repr(expected)
     assert report.rows == len(expected)
-    assert report.at == "2024-03-31T12:00:00"
+    assert report.at == "2024-03-31T12:00:00+00:00"
 
 
 def test_a_pipeline_runs_before_the_features(folder):
@@ -160,6 +164,47 @@ def test_an_output_is_not_mixed(folder):
     assert repr(by_id(read("out"))) == repr(by_id(hr.training_set("labels.parquet", view()).to_pylist()))
 
 
+def test_only_keys_with_new_events_are_computed_again(folder):
+    """A file is added: keys in it are as of the new instant, all others stay as they were, and parts without them are not touched."""
+    later = NOON + dt.timedelta(days=5)
+    counted = view(features={"n": f.count(over="7d"), "all": f.count(), "vector": "v"})
+    first = FeatureJob.of([counted], output="out", at=NOON, parts=8, incremental=True)
+    first.run()
+    old = {row["k"]: row for row in read("out")}
+    untouched = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("part-*")}
+    assert FeatureJob.of([counted], output="out", incremental=True).run().rows == len(old)  # nothing is new
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1, 2, 3, 4], pa.float32()), 2)
+    more = pa.table({"k": pa.array([7, 1000]), "t": hours([20, 30]), "x": [1.0, 2.0], "text": ["a", "b"], "v": vectors})
+    pq.write_table(more, "events/0a.parquet")  # sorted among the others
+    steps: list[str] = []
+
+    def failing(tasks):
+        for name, outcome in here(tasks):
+            steps.append(name)
+            yield name, outcome
+            if len(steps) < 4:
+                raise OSError("the machine went down")
+
+    for _ in range(6):
+        try:
+            report = FeatureJob.of([counted], output="out", at=later, incremental=True).run(each=failing)
+            break
+        except OSError:
+            assert not Path("out/_SUCCESS").exists()
+    assert steps[0] == "0-1-00000" and len(steps) == len(set(steps)) <= 3
+    now = {row["k"]: row for row in read("out")}
+    expected = {row["k"]: row for row in f.latest(counted, pq.read_table("events"), at=later).to_pylist()}
+    assert now == old | {7: expected[7], 1000: expected[1000]}
+    assert (report.rows, report.events) == (len(now), EVENTS + 2)
+    touched = {path.name for path in Path("out").glob("part-*") if path.stat().st_mtime_ns != untouched.get(path.name)}
+    assert 1 <= len(touched) <= 2
+    Path("events/1.parquet").unlink()
+    with pytest.raises(ChangedError, match="inputs or another instant"):
+        FeatureJob.of([counted], output="out", incremental=True).run()
+    with pytest.raises(ChangedError, match="incremental"):
+        FeatureJob.of([counted], output="out").run()
+
+
 def test_a_foreign_folder_is_left_alone(folder):
     for restart in (False, True):
         with pytest.raises(OutputError, match=r"holds no features: it has '0.parquet', '1.parquet'"):
@@ -188,6 +233,7 @@ def test_of_two_jobs_on_one_output_the_older_stops(folder):
         (lambda: FeatureJob.of([view(), view("w")], output="out", labels="labels.parquet"), WiringError, ["column 'n'", "as a feature is called"]),
         (lambda: FeatureJob.of([view()], output="out", labels="nothing.parquet"), SourceError, ["nothing.parquet"]),
         (lambda: FeatureJob.of([view(features={"n": f.sum("xx")})], output="out"), WiringError, ["'xx'", "did you mean 'x'?"]),
+        (lambda: FeatureJob.of([view()], output="out", labels="labels.parquet", incremental=True), DefinitionError, ["incremental", "with labels"]),
         (lambda: FeatureJob.of([view()], output="out", parts=0), DefinitionError, ["number of parts", "got 0"]),
         (lambda: hr.training_set("labels.parquet", hr.FeatureView("v", key="k", time="t", features={"n": f.count()})), DefinitionError, ["has no source"]),
         (lambda: hr.training_set(3, view()), DefinitionError, ["labels are a table", "got 3"]),
@@ -279,6 +325,27 @@ def test_the_command_publishes_what_is_known(folder):
     assert isinstance(refused.exception, SettingError)
 
 
+def test_files_that_are_dropped_are_picked_up_once(folder):
+    """The loop computes and publishes what a new file tells of, and ends when it is told to."""
+    Path("views.py").write_text(VIEWS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(hr.__file__).parents[1])}
+    command = ["features", "views.py::stays", "--input", "events", "--output", "out", "--local", "--follow", "50ms", "--publish", "features.db"]
+    with subprocess.Popen([sys.executable, "-m", "headrace", *command], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert f"from {EVENTS} events" in process.stdout.readline()
+        assert "published" in process.stdout.readline()
+        more = pq.read_table("events/0.parquet").slice(0, 1).set_column(0, "k", pa.array([5000]))
+        pq.write_table(more, ".dropped")
+        os.rename(".dropped", "events/9.parquet")  # whole, or not there
+        assert f"from {EVENTS + 1} events" in process.stdout.readline()
+        assert "published" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == ""
+        assert process.wait(60) == 130
+    with open_store("features.db", make=False) as store:
+        assert store.read("stays", [5000])["n"].null_count == 0
+    assert sum(row["k"] == 5000 for row in read("out")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "part"),
     [
@@ -286,6 +353,8 @@ def test_the_command_publishes_what_is_known(folder):
         (("empty.py", "-o", "out"), PipelineFileError, "no feature view"),
         (("twice.py", "-o", "out"), PipelineFileError, "two feature views of one name"),
         (("views.py", "-o", "out"), DefinitionError, "one view at a time"),
+        (("views.py::stays", "-o", "out", "--follow", "soon"), DefinitionError, "--follow must be a number and a unit"),
+        (("views.py::stays", "-o", "out", "--follow", "30s", "--at", "2024-03-31"), SettingError, "--at says nothing"),
         (("views.py::stays", "-o", "out", "--at", "yesterday"), SettingError, "--at 'yesterday' is no instant"),
     ],
 )

@@ -6,6 +6,8 @@ import dataclasses
 import datetime as dt
 import json as json_module
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,8 @@ from rich.console import Console
 from headrace.cli.loading import load_views
 from headrace.cli.options import Address, Json, Quiet, Verbose
 from headrace.errors import SettingError
-from headrace.features.job import FeatureJob
+from headrace.features.durations import duration
+from headrace.features.job import FeatureJob, FeatureReport
 from headrace.online_store import publish as write
 from headrace.online_store.opening import check_url
 
@@ -33,6 +36,14 @@ At = Annotated[
 ]
 Parts = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many parts to cut events into by key; by their number and size when left out.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+Incremental = Annotated[
+    bool,
+    typer.Option("--incremental", help="Keep events cut by key with the output, and when files are added to the input compute only keys with new events."),
+]
+Follow = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Go on until stopped, and look this often, such as 30s, for files added to the input; with --incremental in it."),
+]
 Publish = Annotated[
     str | None, typer.Option(metavar="STORE", help="Then write the features to this online store: the path of an SQLite file, or redis://host:port/db.")
 ]
@@ -46,7 +57,9 @@ def features(
     labels: Labels = None,
     at: At = None,
     parts: Parts = None,
+    incremental: Incremental = False,
     publish: Publish = None,
+    follow: Follow = None,
     restart: Restart = False,
     local: Local = False,
     address: Address = None,
@@ -63,26 +76,46 @@ def features(
         if labels:
             raise SettingError("--publish writes what is known at an instant; with --labels there is no such thing: give one of them")
         check_url(publish)
+    if follow is not None and at is not None:
+        raise SettingError("with --follow features are as of when their files are found, so that --at says nothing; leave it out")
+    every_s = None if follow is None else duration(follow, "--follow").total_seconds()
     instant = None if at is None else _instant(at)
     views = load_views(file)
-    job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
+
+    def asked() -> FeatureJob:
+        kept = incremental or follow is not None
+        return FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts, incremental=kept)
+
+    job = asked()
     watch = _Told(Console(stderr=True, quiet=quiet, highlight=False))
     if local:
-        report = job.run(watch=watch, restart=restart)
+        run: Callable[..., FeatureReport] = FeatureJob.run
+        connection: AbstractContextManager[object] = nullcontext()
     else:
         from headrace.on_ray import features as on_ray  # loads ray: a mistake above is told half a second earlier
         from headrace.on_ray.cluster import connected
 
-        folder = Path(file.partition("::")[0]).resolve().parent
-        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), watch=watch, restart=restart)
-    if publish is not None:
-        published = write(views[0], job.tables(), publish, at=job.at)
-    if json:
-        print(json_module.dumps(dataclasses.asdict(report), indent=1))
+        connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
+        run = partial(on_ray.run, input=input or None, connect=connect)
+        connection = connect() if follow else nullcontext()  # otherwise only if there is something to do
+    with connection:
+        _tell(job, run(job, watch=watch, restart=restart), publish, quiet=quiet, as_json=json)
+        while every_s is not None:
+            time.sleep(every_s)
+            job = asked()
+            if job.finished() is None:
+                _tell(job, run(job, watch=watch), publish, quiet=quiet, as_json=json)
+
+
+def _tell(job: FeatureJob, report: FeatureReport, publish: str | None, *, quiet: bool, as_json: bool) -> None:
+    """Publish what a job has made, if that is asked for, and say what became of it."""
+    published = None if publish is None else write(job.views[0], job.tables(), publish, at=job.at)
+    if as_json:
+        print(json_module.dumps(dataclasses.asdict(report), indent=1), flush=True)
     elif not quiet:
-        print(report)
-        if publish is not None:
-            print(f"published {published.rows:,} keys: {published.newer:,} new or newer, {published.older:,} of which the store knows better")
+        print(report, flush=True)
+        if published is not None:
+            print(f"published {published.rows:,} keys: {published.newer:,} new or newer, {published.older:,} of which the store knows better", flush=True)
 
 
 class _Told:

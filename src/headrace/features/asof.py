@@ -54,16 +54,18 @@ def as_of(view: FeatureView, labels: pa.Table, events: Columns, *, key: str | Se
     return labels
 
 
-def latest(view: FeatureView, events: Columns, *, at: dt.datetime) -> pa.Table:
+def latest(view: FeatureView, events: Columns, *, at: dt.datetime, keys: pa.Table | None = None) -> pa.Table:
     """What is known at an instant: a row for each key of which anything is known, sorted by key.
 
     The columns are those of the key, the time of the newest event that is known, and the features. `at` without a zone is UTC.
+    With `keys`, a table with the columns of the key, only these are looked at.
 
     Raises:
         WiringError, SourceError: as `as_of`.
     """
     types = schema_of(view, events.schema)
-    keys = pa.table({name: events[name] for name in view.key}).group_by(list(view.key), use_threads=False).aggregate([]).drop_null()
+    told = keys if keys is not None else pa.table({name: events[name] for name in view.key})
+    keys = told.select(list(view.key)).group_by(list(view.key), use_threads=False).aggregate([]).drop_null()
     keys = keys.sort_by([(name, "ascending") for name in view.key]) if keys.num_rows else keys
     instant = at if at.tzinfo else at.replace(tzinfo=dt.UTC)
     when = pa.array([instant], pa.timestamp("us", "UTC")).take(pa.array(np.zeros(keys.num_rows, np.int64)))

@@ -1,10 +1,10 @@
 """Features as a job over files: events and labels are cut by key into parts, each part is joined, and both steps can go on after any death.
 
-    _features/request.json             what the output is of; nothing else may go on in it
-    _features/parts/0-00003-1.parquet  rows of an input, cut by key; gone when the job is done
-    _features/cut/0-00003.json         a cut that is done, with its files
-    _features/joined/00012.json        a part that is done, whose rows are part-00012.parquet
-    _features/report.json              when all is done, together with _SUCCESS
+    _features/request.json               what the output is of; nothing else may go on in it
+    _features/parts/0-0-00003-1.parquet  rows of an input, cut by key; gone when the job is done, unless it is incremental
+    _features/cut/0-0-00003.json         a cut that is done, with its files
+    _features/joined/0-00012.json        a part that is done, whose rows are part-00012.parquet
+    _features/report.json                when all is done, together with _SUCCESS
 
 The name and content of every file follow from the request. So a step that is done again writes the same file again, whole, and
 a step counts when its small file is there. The ledger's claims see to it that of two jobs on one output the older stops.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import io
 import json
 import math
 import time
@@ -25,11 +24,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace import fingerprint
-from headrace.errors import ChangedError, DefinitionError, OutputError, WiringError, check_number, listing
-from headrace.features.asof import as_of, latest
-from headrace.features.parts import Cut, Part
+from headrace.errors import DefinitionError, OutputError, WiringError, check_number, listing
+from headrace.features.asof import as_of
+from headrace.features.joins import Join
+from headrace.features.parts import Cut
 from headrace.features.reading import Paths, Reading, read_events, read_labels
+from headrace.features.request import Request, grown, refuse_changes, request_of, units_of
 from headrace.features.view import FeatureView
 from headrace.filesystems import locate
 from headrace.heartbeat import Heartbeat, wait_until_free
@@ -95,40 +95,6 @@ class FeatureReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """A task: the features of one part, into one file of the output."""
-
-    number: int
-    views: tuple[FeatureView, ...]
-    schemas: tuple[pa.Schema, ...]
-    files: tuple[tuple[Mapping[str, Any], ...], ...]
-    folder: Folder
-    output: Folder
-    at: dt.datetime | None
-    memory_bytes: int
-
-    @property
-    def name(self) -> str:
-        """See `Task`."""
-        return f"{self.number:05d}"
-
-    def __call__(self) -> dict[str, Any]:
-        """See `Task`."""
-        parts = [Part(self.folder, schema, files, self.number) for schema, files in zip(self.schemas, self.files, strict=True)]
-        if self.at is not None:
-            table = latest(self.views[0], parts[0], at=self.at)
-        else:
-            table = parts[-1].table()
-            for view, part in zip(self.views, parts[:-1], strict=True):
-                table = as_of(view, table, part)
-        if table.num_rows:
-            stream = io.BytesIO()
-            pq.write_table(table, stream, compression="zstd")
-            self.output.put(f"part-{self.name}.parquet", stream.getvalue())
-        return {"rows": table.num_rows}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureJob:
     """Views, the events that they read, and labels or an instant; checked, and nothing touched yet.
 
@@ -138,9 +104,14 @@ class FeatureJob:
     views: tuple[FeatureView, ...]
     inputs: tuple[Reading, ...]
     output: Folder
-    at: dt.datetime | None
     parts: int
-    request: Mapping[str, Any]
+    request: Request
+
+    @property
+    def at(self) -> dt.datetime | None:
+        """As of when what is new is computed; None where labels say so."""
+        told = self.request["inputs"][-1]["at"]
+        return None if told is None else dt.datetime.fromisoformat(told)
 
     @staticmethod
     def of(
@@ -151,16 +122,21 @@ class FeatureJob:
         labels: Paths | None = None,
         at: dt.datetime | None = None,
         parts: int | None = None,
+        incremental: bool = False,
     ) -> FeatureJob:
         """The job: with `labels` the features as of each label, else what is known `at` an instant, of one view.
 
         `input` is read instead of the only view's source. What an output was begun with holds for `at` and `parts` that are left out.
+        An `incremental` output keeps its parts. When files are added to the input, only keys with events in these are computed again, as of
+        the new instant.
 
         Raises:
             DefinitionError, WiringError, SourceError: as `training_set`, and for views with different keys.
             OutputError: the output cannot be opened.
         """
         _check(views, input, labels, at)
+        if incremental and labels is not None:
+            raise DefinitionError("an incremental output is of what is known at an instant; with labels, join them anew")
         if parts is not None:
             check_number(parts, "the number of parts", whole=True)
         inputs = [read_events(view, input=input) for view in views]
@@ -171,18 +147,15 @@ class FeatureJob:
                 checked = as_of(view, checked, reading.schema.empty_table())
         place = Folder(locate(output, error=OutputError))
         before = _request_in(place)
-        if labels is None and at is None:
-            at = dt.datetime.fromisoformat(before["at"]) if before.get("at") else dt.datetime.now(dt.UTC)
+        asked = at if at is None or at.tzinfo else at.replace(tzinfo=dt.UTC)
+        first = before["inputs"][0]["at"] if before else None
+        if labels is None and asked is None:
+            asked = dt.datetime.fromisoformat(first) if first and not incremental else dt.datetime.now(dt.UTC)
         count = parts or before.get("parts") or max(map(_parts, inputs))
-        request = {
-            "views": {view.name: repr(dataclasses.replace(view, source=None, pipeline=None)) for view in views},
-            "code": {view.name: fingerprint.facts(view.pipeline, {}) for view in views if view.pipeline},
-            "at": None if at is None else at.isoformat(),
-            "parts": count,
-            "inputs": [_units(reading.source) for reading in inputs],
-            "filters": [reading.source.where and reading.source.where.text for reading in inputs],
-        }
-        return FeatureJob(views=tuple(views), inputs=tuple(inputs), output=place, at=at, parts=count, request=request)
+        request = request_of(views, inputs, at=asked, parts=count, incremental=incremental)
+        if incremental and before.get("incremental"):
+            request = grown(before, request)
+        return FeatureJob(views=tuple(views), inputs=tuple(inputs), output=place, parts=count, request=request)
 
     def finished(self) -> FeatureReport | None:
         """The report of this job where it is done already; None where there is something to do.
@@ -197,12 +170,8 @@ class FeatureJob:
             if set(names) - {HOME}:
                 raise OutputError(f"output {self.output.place.uri!r} holds no features: it has {listing(names)}; choose an empty folder")
             return None
-        if changed := [name for name, value in self.request.items() if before.get(name) != value]:
-            raise ChangedError(
-                f"the output {self.output.place.uri!r} was begun with other {' and '.join(changed)}: features of both would be mixed. "
-                "Begin again with --restart, or choose another folder"
-            )
-        if SUCCESS not in names:
+        refuse_changes(before, self.request, self.output.place.uri)
+        if SUCCESS not in names or before != self.request:
             return None
         values = json.loads(self.output.read(f"{HOME}/report.json"))
         return FeatureReport(**values | {"views": tuple(values["views"])})
@@ -229,34 +198,38 @@ class FeatureJob:
         home = Folder(self.output.place.child(HOME))
         if restart:
             self._clear()
-        elif (done := self.finished()) is not None:
-            return done
+        elif (report := self.finished()) is not None:
+            return report
         started = time.perf_counter()
         wait_until_free(home, uri=self.output.place.uri)
         held, _ = Ledger.claim(home, restart=True)  # for its claim alone: what is done, files say
         with Heartbeat(home, held.run):
+            self.output.delete(SUCCESS)  # before the request: whoever sees both would take the output for one of this request
             home.put("request.json", json.dumps(self.request, indent=1).encode())
             inputs = [rows(view, reading) if rows and reading.pipeline else reading for view, reading in zip(self.views, self.inputs, strict=False)]
             inputs += self.inputs[len(self.views) :]
             cuts = self._cuts(inputs, Folder(home.place.child("parts")))
             cut = _done(home, "cut", cuts, each, held, watch)
-            joins = self._joins(cuts, cut, Folder(home.place.child("parts")))
-            joined = _done(home, "joined", joins, each, held, watch)
+            joined: dict[int, int] = {}
+            for generation in range(len(self.request["inputs"])):
+                joins = self._joins(generation, cut, Folder(home.place.child("parts")))
+                done = _done(home, "joined", joins, each, held, watch)
+                joined |= {join.number: done[join.name]["rows"] for join in joins}
             events = [outcome for name, outcome in cut.items() if int(name.partition("-")[0]) < len(self.views)]
             report = FeatureReport(
                 views=tuple(view.name for view in self.views),
                 output=self.output.place.uri,
-                rows=sum(outcome["rows"] for outcome in joined.values()),
+                rows=sum(joined.values()),
                 events=sum(outcome["rows"] for outcome in events),
                 left_out=sum(outcome["left_out"] for outcome in events),
                 parts=self.parts,
                 wall_s=time.perf_counter() - started,
-                at=self.request["at"],
+                at=self.request["inputs"][-1]["at"],
             )
             home.put("report.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
             held.check()
             self.output.put(SUCCESS, b"")
-            for folder in ("parts", "rows"):
+            for folder in () if self.request["incremental"] else ("parts", "rows"):
                 home.delete(folder)
         return report
 
@@ -279,31 +252,46 @@ class FeatureJob:
     def _cuts(self, inputs: Sequence[Reading], folder: Folder) -> list[Cut]:
         cuts = []
         for number, reading in enumerate(inputs):
-            labels = number == len(self.views)
-            key = tuple(self.views[0].key)
-            view = None if labels else dataclasses.replace(self.views[number], pipeline=None, source=None)
+            view = None if number == len(self.views) else self.views[number]
+            needed = () if view is None else (*view.key, view.time)
             bare = dataclasses.replace(reading, source=dataclasses.replace(reading.source, units=()))
-            for at, units in enumerate(_packed(reading.source)):
-                needed = () if view is None else (*view.key, view.time)
-                cuts.append(Cut(name=f"{number}-{at:05d}", reading=bare, units=units, key=key, needed=needed, parts=self.parts, folder=folder))
+            whole = reading is not self.inputs[number]  # what a pipeline has made of the events, all of it
+            for generation, told in enumerate(self.request["inputs"]):
+                units = reading.source.units if whole else units_of(reading.source, told["units"][number])
+                for at, some in enumerate(_packed(dataclasses.replace(reading.source, units=units))):
+                    name, key = f"{number}-{generation}-{at:05d}", tuple(self.views[0].key)
+                    cuts.append(Cut(name=name, reading=bare, units=some, key=key, needed=needed, parts=self.parts, folder=folder))
         return cuts
 
-    def _joins(self, cuts: Sequence[Cut], cut: Mapping[str, Mapping[str, Any]], folder: Folder) -> list[Join]:
-        files = tuple(tuple(f for c in cuts if int(c.name.partition("-")[0]) == number for f in cut[c.name]["files"]) for number in range(len(self.inputs)))
-        wide = [_ROW_COST_BYTES + 2 * reading.source.row_bytes for reading in self.inputs]
-        return [
-            Join(
-                number=part,
+    def _joins(self, generation: int, cut: Mapping[str, Mapping[str, Any]], folder: Folder) -> list[Join]:
+        """The joins of what was cut up to a generation: of all parts in the first, then of those to which events were added."""
+        placed = [(int(name.split("-")[0]), int(name.split("-")[1]), file) for name, outcome in cut.items() for file in outcome["files"]]
+
+        def files(number: int, part: str, first: int = 0) -> tuple[Mapping[str, Any], ...]:
+            return tuple(file for of, when, file in placed if of == number and first <= when <= generation and part in file["rows"])
+
+        told = self.request["inputs"][generation]["at"]
+        joins = []
+        for number in range(self.parts):
+            part = str(number)
+            every = tuple(files(at, part) for at in range(len(self.inputs)))
+            added = files(0, part, generation) if generation else None
+            costs = [(_ROW_COST_BYTES + 2 * reading.source.row_bytes) for reading in self.inputs]
+            join = Join(
+                number=number,
                 views=tuple(dataclasses.replace(view, pipeline=None, source=None) for view in self.views),
                 schemas=tuple(reading.schema for reading in self.inputs),
-                files=tuple(tuple({"name": f["name"], "rows": f["rows"]} for f in those if str(part) in f["rows"]) for those in files),
+                files=every,
                 folder=folder,
                 output=self.output,
-                at=self.at,
-                memory_bytes=sum(cost * sum(f["rows"].get(str(part), 0) for f in those) for cost, those in zip(wide, files, strict=True)),
+                at=None if told is None else dt.datetime.fromisoformat(told),
+                memory_bytes=sum(cost * sum(file["rows"][part] for file in those) for cost, those in zip(costs, every, strict=True)),
+                generation=generation,
+                added=added,
             )
-            for part in range(self.parts)
-        ]
+            if added is None or added:
+                joins.append(join)
+        return joins
 
 
 def _check(views: Sequence[FeatureView], input: Paths | None, labels: Paths | None, at: dt.datetime | None) -> None:
@@ -342,11 +330,6 @@ def _done(home: Folder, step: str, tasks: Sequence[Task], each: Each, held: Ledg
         found[name] = outcome
         watch(step, len(found), len(tasks))
     return {task.name: found[task.name] for task in tasks}
-
-
-def _units(source: Source) -> list[list[Any]]:
-    """What tells the versions of an input's files apart."""
-    return [[*unit.paths, unit.row_group, unit.start, unit.rows, unit.size_bytes, unit.modified_ns] for unit in source.units]
 
 
 def _rows(source: Source) -> int:

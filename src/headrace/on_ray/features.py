@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from headrace.errors import StoppedError
+from headrace.errors import SettingError, StoppedError
 from headrace.features.job import HOME, Each, FeatureJob, FeatureReport, Task, Watch
 from headrace.features.reading import Paths, Reading, without_pipeline
 from headrace.features.view import FeatureView
@@ -38,8 +38,11 @@ def run(
     Raises:
         As `FeatureJob.run`, and `headrace.run` for the pipelines of views, of which no row may fail: an event that is missing would be a wrong
         feature.
+        SettingError: the job is incremental, and its view has a pipeline.
         StoppedError: Ctrl-C or SIGTERM. What was done is kept.
     """
+    if job.request["incremental"] and any(view.pipeline for view in job.views):
+        raise SettingError("an incremental job with a pipeline runs in one process only, so far: give --local, or leave --incremental out")
     if not restart and (done := job.finished()) is not None:
         return done
     with connect() as cluster:
