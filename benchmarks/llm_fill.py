@@ -39,6 +39,7 @@ class Task:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--background", default="25%", help="with --fill: places of a batch beside better requests, of all")
     parser.add_argument("--share", type=float, default=0.25, help="with --fill: the interactive rate, of that at which the engine is full")
     parser.add_argument("--arrivals", choices=("poisson", "trace"), default="poisson", help="with --fill: of interactive requests")
     parser.add_argument("--fill-seconds", type=float, default=20, help="with --fill: of each load that are measured")

@@ -11,11 +11,13 @@ accelerator it is small. The quality of answers is not measured, nor prefix cach
 what happens when something fails.
 
 Closed loops of 1, 8, 32 and 128 streams, each of a chat that is streamed to its end (`ignore_eos`): of equal lengths, and of lengths drawn from a
-trace of real conversations, scaled into the context. Each contender is started for its turn alone, as idle ones use 0.15 cores, and warmed up; the
-order is turned from round to round. The load is a process of its own (`llm_load.py`, which says what TTFT, ITL and TPOT are) on the same machine:
-its share of a core is told, and so are the cores that anything else used meanwhile. Where that is more than a quarter of one, the load is measured
-again, three times at most, and the time with the least counts: look at what is left of it before you quote figures. CPU is that of all processes of
-the contender, per 1,000 tokens written. Figures are medians over the rounds.
+trace of real conversations, scaled into the context. All contenders are started and warmed up; under each load they take turns, in an order that is
+turned from round to round, and those whose turn it is not are stopped (SIGSTOP): a machine that others use, too, changes its speed by a third within
+minutes, and idle contenders use 0.15 cores. The load is a process of its own (`llm_load.py`, which says what TTFT, ITL and TPOT are) on the same
+machine: its share of a core is told, and so are the cores that anything else used meanwhile. Where that is more than a quarter of one, the load is
+measured again, three times at most, and the time with the least counts: look at what is left of it before you quote figures. CPU is that of all
+processes of the contender, per 1,000 tokens written. Figures are medians over the rounds, and so are ratios: of a round's figure to that of bare vLLM
+in the same round.
 
 `--fill`: of headrace alone, whether a batch in the background (`/v1/files`, `/v1/batches`) costs those who wait: see `llm_fill.py`.
 """
@@ -24,6 +26,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -53,6 +57,11 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 NAMES = ("vllm", "headrace", "ray serve", "ray serve, direct")
 DIRECT = FAST_RAY | {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
 FIGURES = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "cpu_s_per_1000")
+SIZES = {
+    "tiny": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 512},
+    "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "inner": 1536},
+}
+"""Of models with random weights: the small one has ten times as many, with the same way to it and back."""
 IDLE_S = 5.0
 OTHERS, TRIES = 0.25, 3
 PIPELINE = """
@@ -75,6 +84,19 @@ class Server:
     def alive(self) -> list[psutil.Process]:
         """Its processes now: some start when they are first needed."""
         return [one for root in self.processes[:1] for one in (root, *root.children(recursive=True))]
+
+    def stop(self) -> None:
+        """Take its processes off the cores, until `go_on`."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Its turn begins."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
 
 def contender(name: str, port: int, arguments: argparse.Namespace, folder: Path) -> Contender:
@@ -99,7 +121,18 @@ def contender(name: str, port: int, arguments: argparse.Namespace, folder: Path)
         file = folder / "llm.py"
         on = "hr.gpu(1)" if arguments.device == "cuda" else "hr.cpu(1)"
         file.write_text(PIPELINE.format(model=arguments.model, on=on, sequences=arguments.sequences, engine=engine))
-        options = ["--port", str(port), "--log", "off", "--latency", "120s", "--deadline", "300s", "--files", str(folder / "files")]
+        options = [
+            "--port",
+            str(port),
+            "--log",
+            "off",
+            "--latency",
+            "120s",
+            "--deadline",
+            "300s",
+        ]
+        if arguments.fill:
+            options += ["--files", str(folder / "files"), "--background", arguments.background]
         return Contender(name, (([PYTHON, "-m", "headrace", "serve", str(file), *options], variables),))
     given = {key: value for key, value in given.items() if key not in ("model", "served_model_name")}
     app = {"name": "bench", "model": arguments.model, "engine": given, "variables": variables, "device": arguments.device}
@@ -216,23 +249,27 @@ def drawn(trace: Path, longest: int, count: int = 512) -> list[tuple[int, int]]:
     return list(zip(inputs.tolist(), outputs.tolist(), strict=True))
 
 
-def measure(server: Server, loads: dict[str, list[dict[str, Any]]], round_: int, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """A contender's turn: the figures of each load, by its name."""
-    found = {}
-    endpoint, number = server.url + PATHS[arguments.api], (round_ + 1) * 10_000_000
-    for shape, some in loads.items():
-        bodies = streamed(some, server.model)
-        drive(server, Job(url=endpoint, bodies=bodies, seconds=1.0, settle_s=1.0, streams=min(16, arguments.sequences), number=number))
-        for streams in arguments.streams:
-            number += 1_000_000
-            tries: list[dict[str, Any]] = []
-            while not tries or (tries[-1]["other_cores"] > OTHERS and len(tries) < TRIES):
-                begin = number + len(tries) * 100_000
-                job = Job(url=endpoint, bodies=bodies, seconds=arguments.seconds, settle_s=arguments.settle_s, streams=streams, number=begin)
-                tries.append(drive(server, job))
-                print(f"round {round_ + 1}: {server.name:18} {shape:5} {streams:3} {tries[-1]}", flush=True)
-            found[f"{shape} {streams}"] = min(tries, key=lambda one: one["other_cores"])
-    return found
+def measure(server: Server, job: Job, label: str) -> dict[str, Any]:
+    """The figures of a load in a contender's turn."""
+    tries: list[dict[str, Any]] = []
+    server.go_on()
+    while not tries or (tries[-1]["other_cores"] > OTHERS and len(tries) < TRIES):
+        tries.append(drive(server, dataclasses.replace(job, number=job.number + len(tries) * 10_000)))
+        print(f"{label} {server.name:18} {tries[-1]}", flush=True)
+    server.stop()
+    return min(tries, key=lambda one: one["other_cores"])
+
+
+def idle_cores(server: Server) -> float:
+    """What it uses while nothing is asked."""
+    server.go_on()
+    time.sleep(IDLE_S)  # engines go on for a while after the last request
+    processes = server.alive()
+    before = cpu_s(processes)
+    time.sleep(IDLE_S)
+    cores = (cpu_s(processes) - before) / IDLE_S
+    server.stop()
+    return round(cores, 3)
 
 
 def median(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -253,30 +290,52 @@ def grid(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every contender under every load."""
     loads = shapes(arguments)
     names = [name for name in NAMES if name in (arguments.only or NAMES[:3])]
-    rounds: dict[str, list[dict[str, dict[str, Any]]]] = {name: [] for name in names}
-    idle: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(arguments.rounds):
-        for name in names if round_ % 2 == 0 else reversed(names):
-            with serving(name, arguments, folder) as server:
-                rounds[name].append(measure(server, loads, round_, arguments))
-                time.sleep(IDLE_S)  # engines go on for a while after the last request
-                processes = server.alive()
-                before = cpu_s(processes)
-                time.sleep(IDLE_S)
-                idle[name].append((cpu_s(processes) - before) / IDLE_S)
-    found = {name: {load: median([one[load] for one in turns]) for load in turns[0]} for name, turns in rounds.items()}
-    return {"idle_cores": {name: round(statistics.median(cores), 3) for name, cores in idle.items()}, "contenders": found}
+    rounds: list[dict[str, dict[str, dict[str, Any]]]] = []  # of each, by load and contender
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for at, name in enumerate(names):
+            server = stack.enter_context(serving(name, arguments, folder))
+            stack.callback(server.go_on)  # or it could not end
+            servers.append(server)
+            for some in loads.values():
+                url, bodies = server.url + PATHS[arguments.api], streamed(some, server.model)
+                drive(server, Job(url=url, bodies=bodies, seconds=1.0, settle_s=1.0, streams=min(16, arguments.sequences), number=(at + 1) * 1_000_000))
+            server.stop()
+        number = 10_000_000
+        for round_ in range(arguments.rounds):
+            found: dict[str, dict[str, dict[str, Any]]] = {}
+            for at, (shape, streams) in enumerate(itertools.product(loads, arguments.streams)):
+                turn = found[f"{shape} {streams}"] = {}
+                for server in servers if (round_ + at) % 2 == 0 else reversed(servers):
+                    number += 100_000
+                    url, bodies = server.url + PATHS[arguments.api], streamed(loads[shape], server.model)
+                    job = Job(url=url, bodies=bodies, seconds=arguments.seconds, settle_s=arguments.settle_s, streams=streams, number=number)
+                    turn[server.name] = measure(server, job, f"round {round_ + 1}: {shape:5} {streams:3}")
+            rounds.append(found)
+        idle = {server.name: idle_cores(server) for server in servers}
+    contenders = {name: {load: median([one[load][name] for one in rounds]) for load in rounds[0]} for name in names}
+    if "vllm" in names:
+        for name, figures in contenders.items():
+            for load, mine in figures.items():
+                mine["of_vllm"] = {key: ratio([one[load][name][key] for one in rounds], [one[load]["vllm"][key] for one in rounds]) for key in FIGURES}
+    return {"idle_cores": idle, "contenders": contenders}
+
+
+def ratio(mine: Sequence[float | None], base: Sequence[float | None]) -> float | None:
+    """The median over the rounds of a figure's ratio to another's of the same round."""
+    found = [one / other for one, other in zip(mine, base, strict=True) if one is not None and other]
+    return round(statistics.median(found), 3) if found else None
 
 
 def tell(results: dict[str, Any]) -> None:
     """The figures, and each as a ratio to bare vLLM's."""
     print(f"cores used while idle: {results['idle_cores']}")
-    base = results["contenders"].get("vllm", {})
     print(f"{'load':10} {'contender':18} {'requests':>8} {'failed':>6} {'others':>6} " + " ".join(f"{name:>20}" for name in FIGURES))
     for load in next(iter(results["contenders"].values())):
         for name, loads in results["contenders"].items():
-            mine, vllm = loads[load], base.get(load, {})
-            cells = [f"{mine[key]} ({mine[key] / vllm[key]:.2f})" if vllm.get(key) and mine[key] is not None else str(mine[key]) for key in FIGURES]
+            mine = loads[load]
+            ratios = mine.get("of_vllm", {})
+            cells = [f"{mine[key]}" + (f" ({ratios[key]:.2f})" if ratios.get(key) else "") for key in FIGURES]
             print(
                 f"{load:10} {name:18} {mine['requests']:8} {sum(mine['failed'].values()):6} {mine['other_cores']:6.2f} "
                 + " ".join(f"{cell:>20}" for cell in cells)
@@ -292,12 +351,12 @@ def fill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return llm_fill.measure(task, watch(server), arguments)
 
 
-def tiny(folder: Path) -> str:
-    """The model of the tests."""
+def random_model(folder: Path, shape: dict[str, int]) -> str:
+    """Of the tests' kind, with random weights."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import tiny_llm
 
-    return tiny_llm.make(folder / "models").lm
+    return tiny_llm.language_model(folder / "model", tiny_llm.Shape(**shape))
 
 
 def check_fastapi(arguments: argparse.Namespace) -> None:
@@ -324,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=NAMES, action="append", help="a contender; repeatable; by default the first three")
     parser.add_argument("--model", help="a folder or a name on the hub; by default one with random weights, made for this run")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the one with random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the engine on a CPU; one by default, as Ray has it for hr.cpu(1)")
     parser.add_argument("--api", choices=PATHS, default="chat")
@@ -335,8 +395,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-batched-tokens", type=int, default=2048, help="in a step of the engine")
     parser.add_argument("--sequences", type=int, default=128, help="that the engine computes at a time")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6, help="of each load that are measured")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of each load that are measured")
     parser.add_argument("--settle-s", type=float, default=2, help="before that")
     parser.add_argument("--packages", type=Path, help="a folder that goes before installed packages of vllm and ray serve: for the FastAPI that vLLM asks for")
     parser.add_argument("--fill", action="store_true", help="a batch behind interactive requests, of headrace alone")
@@ -346,9 +406,9 @@ def main() -> None:
     if not arguments.fill:
         check_fastapi(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the contender would go on when `timeout` ends this
-    model = arguments.model or "random weights, 2 layers of 256"
+    model = arguments.model or "random weights, {layers} layers of {hidden}".format_map(SIZES[arguments.size])
     with tempfile.TemporaryDirectory(prefix="headrace-llm-") as name:
-        arguments.model = arguments.model or tiny(Path(name))
+        arguments.model = arguments.model or random_model(Path(name), SIZES[arguments.size])
         results = fill(arguments, Path(name)) if arguments.fill else grid(arguments, Path(name))
     (llm_fill.tell if arguments.fill else tell)(results)
     if arguments.save:
@@ -366,7 +426,9 @@ def save(results: dict[str, Any], model: str, arguments: argparse.Namespace) -> 
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions(arguments.packages), "model": model, "arguments": kept}
     file = RESULTS / ("llm_serving.json" if arguments.device == "cpu" else f"llm_serving_{arguments.device}.json")
     before = json.loads(file.read_text()) if file.is_file() else {}
-    parts = {"fill": results} if arguments.fill else by_lengths(results)
+    parts = {f"fill {arguments.background}": results} if arguments.fill else by_lengths(results)
+    if arguments.size != "tiny":
+        parts = {f"{arguments.size}: {part}": found for part, found in parts.items()}
     file.write_text(json.dumps(before | {part: content | found for part, found in parts.items()}, indent=1) + "\n")
 
 

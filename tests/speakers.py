@@ -25,12 +25,12 @@ class FakeSpeaker:
     the process. `seen` are the requests that were begun on, as (path, body, priority), `cancelled` counts those that were given up before their end.
     """
 
-    def __init__(self, *, sequences: int = 8, capacity: int = 100_000, length: int = 4096, words: int = 4, word_s: float = 0.0) -> None:
+    def __init__(self, *, sequences: int = 8, capacity: int = 100_000, length: int = 4096, words: int = 4, word_s: float = 0.0, yields: bool = False) -> None:
         self.words, self.word_s = words, word_s
         self.alive = True
         self.seen: list[tuple[str, dict[str, Any], int]] = []
         self.cancelled = self.answered = self.running = self.most_running = 0
-        self._bounds = {"sequences": float(sequences), "capacity": float(capacity), "length": float(length)}
+        self._bounds = {"sequences": float(sequences), "capacity": float(capacity), "length": float(length), "yields": float(yields)}
         self._counts = {"prompt_tokens": 0.0, "generated_tokens": 0.0}
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
@@ -177,9 +177,11 @@ class Parrot:
     sequences: int = 8
     capacity: int = 100_000
     length: int = 4096
+    yields: bool = False
 
     def setup(self, device: str) -> None:
-        self._speaker = FakeSpeaker(sequences=self.sequences, capacity=self.capacity, length=self.length, words=self.words, word_s=self.word_s)
+        room = {"sequences": self.sequences, "capacity": self.capacity, "length": self.length}
+        self._speaker = FakeSpeaker(**room, words=self.words, word_s=self.word_s, yields=self.yields)
         weakref.finalize(self, self._speaker.close)
 
     def speaks(self) -> Speech:

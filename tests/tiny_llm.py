@@ -75,6 +75,12 @@ def make(folder: Path) -> Models:
     return made
 
 
+def language_model(folder: Path, shape: Shape) -> str:
+    """One of a shape of one's own; its folder."""
+    _language_model(folder, shape, seed=0)
+    return str(folder)
+
+
 def _write(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")
 

@@ -3,7 +3,8 @@
 A stage may have a method `figures()`, which gives numbers by name and may be called from any thread. These are known, all of them optional:
 `prompt_tokens`, `generated_tokens`, `prefix_tokens` (looked up in a cache of prefixes), `prefix_hits` (found there), `preempted` and
 `kv_cache_peak` (the highest use, 0 to 1), which only ever grow; `running`, `waiting` and `kv_cache`, which are of the moment; and `sequences`,
-`capacity` and `length`, which stay: how many sequences it computes at a time, how many tokens it has room for, and the most of one sequence.
+`capacity`, `length` and `yields`, which stay: how many sequences it computes at a time, how many tokens it has room for, the most of one sequence,
+and whether background requests make way in it (see `headrace.speech`).
 
 One that looks features up may have a method `lookups()` as well, which gives a view's name, how many keys were asked for so far, and how many of them
 were not there.

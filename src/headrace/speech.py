@@ -15,6 +15,10 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 TOKENIZE = "/tokenize"
 """Answered with the `count` of the tokens of the prompt of a body for any of these."""
 
+RIDER, FILLER = 2, 3
+"""Priorities of background requests in an engine that yields (`yields` of its figures): a rider takes part in the steps of better ones, but not in
+those that read their prompts; a filler only in steps without better ones. Neither loses what it has computed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speech:

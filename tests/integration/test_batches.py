@@ -1,4 +1,4 @@
-"""Batches of a service, by OpenAI's own client: through kills and a restart each line is answered once and paid for once."""
+"""Batches of a service, by OpenAI's own client: through the death of the runner and of everything each line is answered once and paid for once."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_batch_goes_on_through_kills_and_a_restart(talking: Talking):
     asked = client.chat.completions.create(model="talk", messages=[{"role": "user", "content": "and people"}])
     assert asked.choices[0].message.content == "and people and people"
     until(lambda: done() >= 250)
-    talking.end()
+    talking.kill()
     assert sums(talking.accounts)[0].requests <= LINES
     talking.start(*OPTIONS)
     client = talking.client()

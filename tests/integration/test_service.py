@@ -154,6 +154,19 @@ class Served:
             for reader in self.readers:
                 reader.join()
 
+    def kill(self) -> None:
+        """SIGKILL everything that belongs to it, all at once."""
+        assert self.process is not None
+        with self.process:
+            everything = [self.process.pid, *descendants(self.process.pid)]
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in everything:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            self.process.wait(60)
+        for reader in self.readers:
+            reader.join()
+
 
 def cmdline(pid: int) -> str:
     with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ from headrace.errors import EngineLostError, SettingError
 from headrace.llms.asking import EngineError, PromptTooLong
 from headrace.llms.engine import Engine
 from headrace.llms.options import EngineConfig
-from headrace.speech import CHAT, EMBEDDINGS, TOKENIZE, Reply, Spent
+from headrace.speech import CHAT, EMBEDDINGS, FILLER, RIDER, TOKENIZE, Reply, Spent
 
 NAME = "acme/tiny"
 
@@ -84,7 +84,7 @@ def test_a_stream(engine: Engine):
 def test_what_a_request_comes_to_is_known_also_of_one_that_ends_early(engine: Engine):
     async def early() -> tuple[Spent, Spent, int]:
         whole, part = Spent(), Spent()
-        await chat(engine, body(n=2, ignore_eos=True), spent=whole)
+        await chat(engine, body(n=2, temperature=1.0, ignore_eos=True), spent=whole)
         events = await chat(engine, body(max_tokens=200, ignore_eos=True, stream=True), spent=part)
         for _ in range(6):
             await anext(events)
@@ -128,6 +128,44 @@ def test_priorities_go_first(engine: Engine):
         return ended
 
     assert engine.call(race()).index("urgent") < 40
+
+
+def test_a_prompt_with_a_seed_may_be_read_in_parts(engine: Engine):
+    asked = body("word " * 380, seed=7, temperature=1.0, max_tokens=24, ignore_eos=True)
+    whole = content(engine.call(chat(engine, asked)))
+    parts = content(engine.call(chat(engine, {**asked, "cache_salt": "anew"}, priority=FILLER)))  # of at most 256 tokens
+    assert parts == whole != content(engine.call(chat(engine, {**asked, "seed": 8})))
+
+
+def test_background_sequences_wait_between_steps_and_lose_nothing(engine: Engine):
+    assert engine.figures()["yields"]
+    fillers, riders = [f"filler {at}" for at in range(4)], [f"rider {at}" for at in range(2)]
+    longest = {"max_tokens": 200, "ignore_eos": True}
+    alone = {text: content(engine.call(chat(engine, body(text, **longest)))) for text in [*fillers, *riders]}
+
+    async def together() -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
+        pieces: dict[str, list[str]] = {text: [] for text in alone}
+        begun = asyncio.Event()
+
+        async def background(text: str) -> None:
+            async for event in await chat(engine, body(text, **longest, stream=True), priority=FILLER if text in fillers else RIDER):
+                if event.startswith("data: {"):
+                    pieces[text].append(json.loads(event[6:])["choices"][0]["delta"].get("content") or "")
+                if min(map(len, pieces.values())) > 3:
+                    begun.set()
+
+        async with asyncio.TaskGroup() as group:
+            for text in alone:
+                group.create_task(background(text))
+            await begun.wait()
+            events = await chat(engine, body("who waits", max_tokens=60, ignore_eos=True, stream=True), priority=0)
+            looks = [{text: len(some) for text, some in pieces.items()} async for _ in events]
+        return {text: "".join(some) for text, some in pieces.items()}, looks[3], looks[50]
+
+    texts, early, late = engine.call(together())
+    assert texts == alone
+    assert all(early[text] == late[text] < 150 for text in fillers)
+    assert all(late[text] - early[text] > 30 for text in riders)
 
 
 def test_figures_grow(engine: Engine):

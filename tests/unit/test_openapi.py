@@ -51,8 +51,8 @@ EVERY = hr.Pipeline("every", everything)
 CONTRACT = openapi.contract(EVERY)
 
 
-def document(contract=CONTRACT, *, keys=False):
-    return openapi.document(contract, LIMITS, keys=keys)
+def document(contract=CONTRACT, *, keys=False, **more):
+    return openapi.document(contract, LIMITS, keys=keys, **more)
 
 
 def validator(document, name):
@@ -136,6 +136,20 @@ def test_a_language_model_has_openais_paths_beside_its_own(keys):
     assert MOST_CHOICES == 16
     page = openapi.page(made)
     assert CHAT in page and "/v1/models" in page and "{model}" not in page and not read(page).tags & {"script", "form"}
+
+
+def test_files_and_guests_of_a_language_models_address():
+    """Files and batches where they are kept; whoever is behind the address is a model to ask."""
+    talk, write = (hr.Pipeline(name, hr.stage(out={"said": str})(Talker)()) for name in ("talk", "write"))
+    made = document(openapi.contract(talk), files=True, guests=[openapi.contract(write), CONTRACT])
+    OpenAPIV31SpecValidator(made).validate()
+    assert [path for path in made["paths"] if path.startswith("/v1/") and "models" not in path][2:] == [
+        "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel",
+    ]  # fmt: skip
+    assert made["components"]["schemas"]["OpenAIChatRequest"]["properties"]["model"]["enum"] == ["acme/tiny", "talk", "write"]
+    order = made["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert order["properties"]["endpoint"]["enum"] == [CHAT, COMPLETIONS]
+    assert "/v1/batches" in openapi.page(made)
 
 
 def test_what_is_told_of_a_request():

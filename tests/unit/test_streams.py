@@ -25,7 +25,7 @@ from headrace.serving.replica import outlets
 from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
 from headrace.serving.wire import Kind, Said
-from headrace.speech import CHAT
+from headrace.speech import CHAT, FILLER, RIDER
 
 BATCH = 2
 
@@ -271,6 +271,20 @@ def test_background_requests_make_way():
         assert {(await outcome(peer)) for _ in range(5)} == {(number, 200) for number in [*background[:4], better]}
 
     alone(test, sequences=16)
+
+
+def test_background_requests_stay_in_an_engine_that_yields():
+    async def test(replica: Replica, peer: Any) -> None:
+        replica.speaker.pause()
+        background = [ask(peer, priority=BATCH) for _ in range(15)]
+        assert await outcome(peer) == (background[-1], Kind.BUSY)  # one place of 16 is kept free
+        better = [ask(peer) for _ in range(12)]  # beside four that step on with them there is room for as many
+        replica.speaker.resume()
+        assert {(await outcome(peer)) for _ in range(26)} == {(number, 200) for number in [*background[:-1], *better]}
+        priorities = [priority for *_, priority in replica.speaker.seen]
+        assert sorted(priorities) == [0] * 12 + [RIDER] * 4 + [FILLER] * 10
+
+    alone(test, sequences=16, yields=True)
 
 
 def test_a_deadline_ends_a_stream():

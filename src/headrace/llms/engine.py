@@ -169,6 +169,11 @@ class Engine:
             given["structured_outputs_config"] = StructuredOutputsConfig(**grammar)
         arguments = AsyncEngineArgs(**given)
         config = arguments.create_engine_config()
+        schedules = config.scheduler_config
+        # The next step of an asynchronous scheduler is made before the last one has ended; that has not been tried with sequences that are held.
+        yields = schedules.policy == "priority" and not schedules.async_scheduling and schedules.scheduler_cls is None and not self.config.embed
+        if yields:
+            schedules.scheduler_cls = "headrace.llms.yielding.Yielding"
         self._client = AsyncLLM(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True, log_requests=False, stat_loggers=[self._steps.logger()]
         )
@@ -179,11 +184,12 @@ class Engine:
         await init_app_state(_Counting(self._client), state=self._state, args=everything, supported_tasks=tasks)
         if self.config.adapter is not None:
             await self._load_adapter(self.config.adapter)
-        cache, scheduler = config.cache_config, config.scheduler_config
+        cache = config.cache_config
         self._bounds = {
-            "sequences": float(scheduler.max_num_seqs),
+            "sequences": float(schedules.max_num_seqs),
             "capacity": float((cache.num_gpu_blocks or 0) * cache.block_size),
             "length": float(config.model_config.max_model_len),
+            "yields": float(yields),
         }
         self._watch = asyncio.create_task(self._watch_over())
 

@@ -17,6 +17,7 @@ VLLM_VERSION = "0.29.0"
 """What this package is written against; `constraints.txt` says the same."""
 
 _KV_CACHE_BYTES = 2 << 30  # on a CPU, where vLLM would take most of the machine's memory
+_CPU_WORKER = "headrace.llms.cpu_worker.Worker"
 _GPU_SHARE = 0.9  # of an accelerator's memory
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _GRAMMAR = {"backend": "guidance", "disable_any_whitespace": True}
@@ -65,7 +66,7 @@ class EngineConfig:
             chosen |= {"enable_lora": True, "max_lora_rank": _rank(self.adapter)}
         if self.device == "cpu":
             # In float32 a row's answer depends least on the rows beside it; compiling for a CPU takes longer than it saves.
-            chosen |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": _KV_CACHE_BYTES}
+            chosen |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": _KV_CACHE_BYTES, "worker_cls": _CPU_WORKER}
         elif self.gpus > 1:
             # Processes of its own: inside of a replica vLLM would else ask Ray for the same accelerators again.
             chosen |= {"tensor_parallel_size": int(self.gpus), "distributed_executor_backend": "mp"}

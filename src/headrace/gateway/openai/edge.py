@@ -72,6 +72,11 @@ class Edge:
         except heads.HeadError as error:
             await self._refuse(exchange, error.failure)
 
+    @property
+    def keeps_files(self) -> bool:
+        """See `headrace.serving.door.app.Edge`."""
+        return self.files is not None
+
     async def close(self) -> None:
         """Write down what is still to be written, and close what was opened for this."""
         if self._during is not None:

@@ -5,7 +5,7 @@ The forms name what most clients send and read. The engine knows more fields, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headrace.speech import CHAT, COMPLETIONS, EMBEDDINGS
@@ -17,14 +17,18 @@ _FAILS = {
     403: "The key may not ask this model.",
     404: "There is no such model or path.",
     408: "The body did not arrive in time.",
+    409: "What is asked for cannot be done in the state that this is in.",
     413: "The body has too many bytes or parts.",
     415: "The body is not JSON, or is packed.",
     429: "The service, or the key, has more to do than it can: `Retry-After` says when to come back.",
     500: "The service made a mistake.",
     503: "Nothing is there to answer now.",
+    507: "There is no room on the disk for what is to be kept.",
     504: "The deadline passed before there was an answer.",
 }
 _SHOWN = (401, 404, 503)
+_ASKING = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+_CHANGING = (400, 401, 404, 408, 409, 413, 415, 503, 507)
 _NUMBER, _WHOLE, _TEXT, _FLAG = {"type": "number"}, {"type": "integer"}, {"type": "string"}, {"type": "boolean"}
 _ASKED = {
     "max_tokens": {"type": ["integer", "null"], "minimum": 1},
@@ -51,11 +55,64 @@ def paths(speech: Mapping[str, Any]) -> dict[str, Any]:
     asked = {CHAT: ("chat", "Answer a conversation", "Chat"), COMPLETIONS: ("complete", "Go on with a text", "Completion")}
     asked[EMBEDDINGS] = ("embed", "Turn texts into vectors", "Embedding")
     found = {path: {"post": _post(*asked[path], streams=path != EMBEDDINGS)} for path in speech["paths"] if path in asked}
-    named = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
     return {
         **found,
         "/v1/models": {"get": _get("models", "The models that answer", "OpenAIModels")},
-        "/v1/models/{model}": {"get": {**_get("model", "One of the models", "OpenAIModel"), "parameters": [named]}},
+        "/v1/models/{model}": {"get": {**_get("model", "One of the models", "OpenAIModel"), "parameters": [_in_path("model")]}},
+    }
+
+
+def shelf_paths(speech: Mapping[str, Any]) -> dict[str, Any]:
+    """The paths of files and batches, where a service keeps them."""
+    paged = [_query("after", _TEXT), _query("limit", {"type": "integer", "minimum": 1})]
+    file, batch = _in_path("file_id"), _in_path("batch_id")
+    form = {"purpose": {"enum": ["batch"]}, "file": {"type": "string", "contentMediaType": "application/jsonl"}}
+    order = {
+        "input_file_id": _TEXT,
+        "endpoint": {"enum": list(speech["paths"])},
+        "completion_window": {"type": "string", "pattern": "^[1-9][0-9]{0,3}h$"},
+        "metadata": {"type": ["object", "null"]},
+    }
+    text = {"description": "The file.", "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    return {
+        "/v1/files": {
+            "get": {**_get("files", "The files, the newest first", "OpenAIFiles"), "parameters": [*paged, _query("purpose", _TEXT)]},
+            "post": _change("upload", "Keep a file: a request in each line", "OpenAIFile", body=("multipart/form-data", _object(form))),
+        },
+        "/v1/files/{file_id}": {
+            "get": {**_get("file", "What is known of a file", "OpenAIFile"), "parameters": [file]},
+            "delete": {**_change("remove", "Delete a file", "OpenAIDeleted"), "parameters": [file]},
+        },
+        "/v1/files/{file_id}/content": {
+            "get": {"operationId": "content", "summary": "A file itself", "parameters": [file], "responses": {"200": text, **_failures(_SHOWN)}}
+        },
+        "/v1/batches": {
+            "get": {**_get("batches", "The batches, the newest first", "OpenAIBatches"), "parameters": paged},
+            "post": _change("order", "Have the requests of a file answered in the background", "OpenAIBatch", body=(_JSON, _object(order, but=("metadata",)))),
+        },
+        "/v1/batches/{batch_id}": {"get": {**_get("batch", "How far a batch is", "OpenAIBatch"), "parameters": [batch]}},
+        "/v1/batches/{batch_id}/cancel": {"post": {**_change("cancel", "Cancel a batch; what is answered stays", "OpenAIBatch"), "parameters": [batch]}},
+    }
+
+
+def shelf_schemas() -> dict[str, Any]:
+    """The forms of files and batches."""
+    maybe, at = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
+    file = {"id": _TEXT, "object": {"const": "file"}, "bytes": _WHOLE, "created_at": _WHOLE, "expires_at": at, "filename": _TEXT, "purpose": _TEXT}
+    statuses = ["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
+    counts = _object({"total": _WHOLE, "completed": _WHOLE, "failed": _WHOLE})
+    batch = {"id": _TEXT, "object": {"const": "batch"}, "endpoint": _TEXT, "input_file_id": _TEXT, "completion_window": _TEXT, "status": {"enum": statuses}}
+    batch |= {"output_file_id": maybe, "error_file_id": maybe, "created_at": _WHOLE, "expires_at": at, "request_counts": counts, "usage": {"type": "object"}}
+
+    def listed(name: str) -> dict[str, Any]:
+        return _object({"object": {"const": "list"}, "data": _list(_ref("schemas", name)), "has_more": _FLAG})
+
+    return {
+        "OpenAIFile": _object(file),
+        "OpenAIFiles": listed("OpenAIFile"),
+        "OpenAIDeleted": _object({"id": _TEXT, "object": {"const": "file"}, "deleted": {"const": True}}),
+        "OpenAIBatch": _object(batch),
+        "OpenAIBatches": listed("OpenAIBatch"),
     }
 
 
@@ -64,9 +121,9 @@ def responses() -> dict[str, Any]:
     return {f"OpenAI{status}": {"description": said, "content": {_JSON: {"schema": _ref("schemas", "OpenAIError")}}} for status, said in _FAILS.items()}
 
 
-def schemas(speech: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
-    """The forms of bodies; a pipeline's name stands for whatever model it has."""
-    model = {"model": {"type": "string", "enum": list(dict.fromkeys((speech["model"], pipeline)))}}
+def schemas(models: Iterable[str]) -> dict[str, Any]:
+    """The forms of bodies that ask one of these models."""
+    model = {"model": {"type": "string", "enum": list(dict.fromkeys(models))}}
     tokens = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
     texts = [{"type": "string", "minLength": 1}, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 4}, tokens]
     part = _object({"type": {"const": "text"}, "text": _TEXT})
@@ -100,13 +157,27 @@ def _post(called: str, summary: str, form: str, *, streams: bool) -> dict[str, A
         "operationId": called,
         "summary": summary,
         "requestBody": {"required": True, "content": {_JSON: {"schema": _ref("schemas", f"OpenAI{form}Request")}}},
-        "responses": {"200": {"description": "The answer.", "content": content}, **_failures(_FAILS)},
+        "responses": {"200": {"description": "The answer.", "content": content}, **_failures(_ASKING)},
     }
 
 
 def _get(called: str, summary: str, form: str) -> dict[str, Any]:
     answer = {"description": summary, "content": {_JSON: {"schema": _ref("schemas", form)}}}
     return {"operationId": called, "summary": summary, "responses": {"200": answer, **_failures(_SHOWN)}}
+
+
+def _change(called: str, summary: str, form: str, *, body: tuple[str, Any] | None = None) -> dict[str, Any]:
+    answer = {"description": summary, "content": {_JSON: {"schema": _ref("schemas", form)}}}
+    asked = {} if body is None else {"requestBody": {"required": True, "content": {body[0]: {"schema": body[1]}}}}
+    return {"operationId": called, "summary": summary, **asked, "responses": {"200": answer, **_failures(_CHANGING)}}
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": _TEXT}
+
+
+def _query(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": schema}
 
 
 def _failures(statuses: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -97,8 +97,11 @@ def _answer(contract: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": dict(contract["outputs"]), "required": list(contract["outputs"]), "additionalProperties": False}
 
 
-def document(contract: Mapping[str, Any], limits: Limits, *, keys: bool) -> dict[str, Any]:
-    """The service as an OpenAPI 3.1 document (https://spec.openapis.org/oas/v3.1.1); `keys`: whether requests need an API key."""
+def document(contract: Mapping[str, Any], limits: Limits, *, keys: bool, files: bool = False, guests: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The service as an OpenAPI 3.1 document (https://spec.openapis.org/oas/v3.1.1).
+
+    `keys`: whether requests need an API key; `files`: whether it keeps files and batches; `guests`: the contracts of those behind the same address.
+    """
     name = contract["pipeline"]
     made: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -130,8 +133,12 @@ def document(contract: Mapping[str, Any], limits: Limits, *, keys: bool) -> dict
     }
     if (speech := contract.get("speech")) is not None:
         made["paths"] |= openai.paths(speech)
-        made["components"]["schemas"] |= openai.schemas(speech, name)
+        speaking = [(each["speech"]["model"], each["pipeline"]) for each in (contract, *guests) if each.get("speech") is not None]
+        made["components"]["schemas"] |= openai.schemas(model for names in speaking for model in names)
         made["components"]["responses"] |= openai.responses()
+        if files:
+            made["paths"] |= openai.shelf_paths(speech)
+            made["components"]["schemas"] |= openai.shelf_schemas()
     if keys:
         made["security"] = [{"bearer": []}, {"header": []}]
         made["components"]["securitySchemes"] = {

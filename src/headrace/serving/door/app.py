@@ -42,6 +42,10 @@ _NOTHING_YET = Failure(503, "unavailable", "the service starts; no version of it
 class Edge(Protocol):
     """What answers a door's paths below `/v1/`: OpenAI's interface."""
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether it has files and batches."""
+
     async def answer(self, exchange: Exchange, method: str, path: str, caller: Caller | Failure) -> None:
         """Answer a request; `caller` is who asks, or why that is nobody."""
 
@@ -165,6 +169,11 @@ class Door:
     def all_peers(self) -> list[str]:
         """The metrics of all doors of all services behind this address, but for this door's own."""
         return [*self.peers, *(text for guest in self.lobby.guests.values() for text in (guest.metrics.text().decode(), *guest.peers))]
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether files and batches are kept here."""
+        return self.edge is not None and self.edge.keeps_files
 
     def has(self, path: str) -> bool:
         """Whether this service has rows under a path, or their schema."""

@@ -36,6 +36,10 @@ class Desk(Protocol):
     def keys(self) -> Mapping[str, str] | None:
         """The hashes of valid keys, or None while none are asked for."""
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether files and batches are kept here."""
+
     def has(self, path: str) -> bool:
         """Whether this service has rows under a path, or their schema."""
 
@@ -52,7 +56,7 @@ class Views:
     def __init__(self, door: Desk) -> None:
         self._door = door
         self._made: dict[str, Page] = {}
-        self._revision: tuple[int, bool] | None = None
+        self._revision: tuple[object, ...] = ()
         self._pages: dict[str, Callable[[], Page | Failure]] = {
             "/healthz": lambda: (200, b"ok\n", _TEXT),
             "/readyz": self._ready,
@@ -72,7 +76,8 @@ class Views:
         version = self._door.fleet.first()
         if routes is None or version is None:
             return NO_VERSION
-        revision = (routes.revision, routes.keys is not None)
+        guests = tuple(door.fleet.routes and door.fleet.routes.revision for door in self._door.lobby.guests.values())
+        revision = (routes.revision, routes.keys is not None, guests)
         if revision != self._revision:
             self._revision = revision
             self._made.clear()
@@ -90,7 +95,14 @@ class Views:
             return _json(200, openapi.schema(version.route.contract))
         first = fleet.first()
         assert first is not None
-        document = openapi.document(first.route.contract, fleet.limits, keys=self._door.keys is not None)
+        guests = [door.fleet.first() for door in self._door.lobby.guests.values()]
+        document = openapi.document(
+            first.route.contract,
+            fleet.limits,
+            keys=self._door.keys is not None,
+            files=self._door.keeps_files,
+            guests=[guest.route.contract for guest in guests if guest is not None],
+        )
         if path == "/docs":
             return 200, docs.page(document).encode(), _HTML
         return _json(200, document)

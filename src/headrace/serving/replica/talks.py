@@ -27,7 +27,7 @@ from headrace.serving.replica.jobs import LEAST_PRIORITY, Busy
 from headrace.serving.replica.outlets import Outlet
 from headrace.serving.replica.scribe import Scribe
 from headrace.serving.wire import ROW_PATHS, Failure, Kind, Question, Said
-from headrace.speech import Reply, Speaker, Spent
+from headrace.speech import FILLER, RIDER, Reply, Speaker, Spent
 
 EXPIRED = Failure(504, "deadline_exceeded", "the deadline passed before the answer was complete")
 LOST = Failure(503, "unavailable", "the engine was lost")
@@ -74,7 +74,7 @@ class Talk:
 
     __slots__ = (
         "_gaps", "_held", "_last_s", "_outlet", "_own", "_task", "_timed", "_written", "began_s", "begun", "connection", "given_back", "left_s", "number",
-        "question", "request_id", "spent",
+        "question", "request_id", "rides", "spent",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, question: Question, left_s: float, request_id: str) -> None:
@@ -83,7 +83,7 @@ class Talk:
         self.spent = Spent()
         self.began_s = time.perf_counter()
         self._task: asyncio.Task[None] | None = None
-        self.begun = self.given_back = False
+        self.begun = self.given_back = self.rides = False
         self._outlet: Outlet | None = None
         self._own = False  # the outlet is written to
         self._gaps, self._last_s, self._timed = array.array("f"), 0.0, 0
@@ -184,16 +184,17 @@ class Talks:
     A request is let in while the engine has a free place; beyond that, as long as it can expect to begin before half of its time is over, and
     the tokens of all together are at most `_OVER` times what the engine has room for. Others are refused at once, with the time to ask again.
 
-    Background requests, those of the last class, have places of their own: nearly all while nothing better is asked; while something is, and
-    shortly after, the share `background`, and none while better ones wait or memory is short. Those that are too many when a better one comes
-    are given back, the last ones first: whoever asks for them asks again. The engine does not take back a place that it has given.
+    Background requests, those of the last class, have nearly all places while nothing better is asked, and none more while better ones wait or
+    memory is short. Of an engine that yields, the share `background` of the places is for riders and the others are for fillers, which wait in the
+    engine while there are better ones (see `headrace.speech`). Of another, background requests have that share alone while something better is
+    asked and shortly after. Those that are too many when a better one comes are given back, the last ones first: whoever asks for them asks again.
     """
 
     def __init__(self, speaker: Speaker, *, background: float, scribe: Scribe | None = None) -> None:
         self.speaker = speaker
         self._scribe = scribe
         self._under_way: dict[Talk, None] = {}  # in the order in which they came
-        self._background = 0  # of these, those of the last class
+        self._background = self._riders = 0  # of these, those of the last class; and of those, the ones that step on beside better ones
         self._calm_at = 0.0  # when nothing better will have been asked for a while
         self._names: set[str] = set()
         self._tokens = 0
@@ -203,6 +204,7 @@ class Talks:
         self._places, self._room = int(bounds["sequences"]), int(bounds["capacity"])
         self._beside = max(1, round(background * self._places))  # background requests, while there are better ones
         self._alone = max(1, self._places - self._places // _SPARE)
+        self._yields = bool(bounds.get("yields"))
 
     def figures(self) -> dict[str, float]:
         """The engine's figures, and how many background requests there are, and more it would take. May be called from any thread."""
@@ -226,6 +228,8 @@ class Talks:
         self._under_way[talk] = None
         if question.priority == LEAST_PRIORITY:
             self._background += 1
+            talk.rides = not self._yields or self._riders < self._beside
+            self._riders += talk.rides
         else:
             self._calm_at = math.inf
             self._make_way()
@@ -238,7 +242,8 @@ class Talks:
             async with asyncio.timeout(talk.left_s):
                 path = talk.question.path
                 speak = self._scribe.speak if self._scribe is not None and path in ROW_PATHS.values() else self.speaker.speak
-                answer = await speak(path, body, priority=talk.question.priority, request_id=talk.request_id, spent=talk.spent)
+                priority = talk.question.priority if talk.question.priority < LEAST_PRIORITY else RIDER if talk.rides else FILLER
+                answer = await speak(path, body, priority=priority, request_id=talk.request_id, spent=talk.spent)
                 if isinstance(answer, Reply):
                     talk.connection.said(talk.number, talk.said(answer.status), answer.body)
                 else:
@@ -287,6 +292,7 @@ class Talks:
         del self._under_way[talk]
         if talk.question.priority == LEAST_PRIORITY:
             self._background -= 1
+            self._riders -= talk.rides
         elif len(self._under_way) == self._background:
             self._calm_at = time.perf_counter() + _CALM_S
         self._names.discard(talk.request_id)
@@ -309,7 +315,7 @@ class Talks:
     def _make_way(self) -> None:
         """Give background requests back that are too many beside better ones. One that has begun to answer stays."""
         excess = self._background - self._beside
-        if excess > 0:
+        if excess > 0 and not (self._yields and self._roomy()):
             last = [talk for talk in reversed(self._under_way) if talk.question.priority == LEAST_PRIORITY and not talk.begun]
             for talk in last[:excess]:
                 talk.give_back()
@@ -318,7 +324,7 @@ class Talks:
         """How long until there may be room for a request; None if there is."""
         if question.priority == LEAST_PRIORITY:
             return None if self._background_room() > 0 else _LEAST_S
-        waiting = len(self._under_way) - self._places + 1
+        waiting = len(self._under_way) - self._fillers() - self._places + 1
         if waiting <= 0 and self._fits(question.tokens):
             return None
         wait_s = max(waiting, 1) / self._rate() if self._rate() else 0.0
@@ -341,6 +347,12 @@ class Talks:
         better = len(self._under_way) - self._background
         if better >= self._places:
             return 0  # some of them wait
-        calm = not better and time.perf_counter() >= self._calm_at
-        room = min((self._alone if calm else self._beside) - self._background, self._places - len(self._under_way))
-        return room if room > 0 and self.speaker.figures().get("kv_cache", 0.0) < _FULL else 0
+        most = self._alone if self._yields or (not better and time.perf_counter() >= self._calm_at) else self._beside
+        room = min(most - self._background, self._places - len(self._under_way))
+        return room if room > 0 and self._roomy() else 0
+
+    def _fillers(self) -> int:
+        return self._background - self._riders
+
+    def _roomy(self) -> bool:
+        return self.speaker.figures().get("kv_cache", 0.0) < _FULL
