@@ -10,6 +10,7 @@
     ├── RegistryError          a registry of models is missing or out of reach, has no such model, or cannot take a change
     ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
     ├── OnlineStoreError       an online store is missing, damaged or out of reach, or what it holds is not what was asked for
+    │   ├── OtherFeaturesError the view has not the features that were asked for, or not with these types
     │   └── WrongKeyError      a key is of another kind than those of the view
     ├── ServingError           no service of that name runs, or none can be started so
     ├── SourceError            the input cannot be found, read, or used by this pipeline
@@ -88,6 +89,10 @@ class RegistryError(HeadraceError):
 
 class OnlineStoreError(HeadraceError):
     """An online store of features is missing, damaged or out of reach, or cannot take or give what was asked of it."""
+
+
+class OtherFeaturesError(OnlineStoreError):
+    """A view in an online store has not the features that were asked for, or has them with other types."""
 
 
 class WrongKeyError(OnlineStoreError):

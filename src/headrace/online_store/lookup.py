@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.columns import ANY, Column, ColumnType, accepts, from_arrow, types_of
-from headrace.errors import DefinitionError, OnlineStoreError, WrongKeyError, listing, nearest
+from headrace.errors import DefinitionError, OnlineStoreError, OtherFeaturesError, WrongKeyError, listing, nearest
 from headrace.features import FeatureView, as_of
 from headrace.online_store.opening import check_url, open_store
 from headrace.online_store.store import OnlineStore
@@ -150,9 +150,7 @@ class Lookup:
     def _read(self, asked: list[Any]) -> pa.Table:
         try:
             return self._store.read(self.view.name, asked, features=self._wanted)
-        except WrongKeyError:
-            raise
-        except OnlineStoreError:  # published anew, maybe, with columns that will do as well
+        except OtherFeaturesError:  # published anew, maybe with columns that will do as well
             self._wanted = self._see_to_schema()
             return self._store.read(self.view.name, asked, features=self._wanted)
 

@@ -175,6 +175,7 @@ class Layout:
         starts = [self._fixed_bytes] * len(blobs)
         for column, at in enumerate(self._varying):
             stops = ends[:, column].tolist()
-            data[at] = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
+            if at in wanted:
+                data[at] = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
             starts = stops
         return data

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.errors import OnlineStoreError, check_number, listing, nearest
+from headrace.errors import OnlineStoreError, OtherFeaturesError, check_number, listing, nearest
 from headrace.online_store import records
 from headrace.online_store.engine import Engine, Generation
 from headrace.online_store.records import Layout
@@ -313,7 +313,7 @@ class OnlineStore:
             return plan[1], plan[2]
         kept = known.schema.features
         if features is not None and (other := missing_from(kept, features)):
-            raise OnlineStoreError(f"view {known.generation.view!r} in {self.name!r} has other features than asked for: {other}")
+            raise OtherFeaturesError(f"view {known.generation.view!r} in {self.name!r} has other features than asked for: {other}")
         names = kept.names if features is None else features.names
         places, schema = [kept.names.index(name) for name in names], pa.schema([*(kept.field(name) for name in names), *_ADDED])
         if len(known.plans) < _PLANS:
