@@ -27,7 +27,7 @@ from headrace.plan import explain, resolve
 from headrace.stage import stage
 
 if TYPE_CHECKING:
-    from headrace import models
+    from headrace import models, registry  # noqa: F401 - for type checkers; the list below is full
     from headrace.client import Client
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
@@ -71,6 +71,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("headrace.client").Client
     if name in ("LLM", "Sampling"):
         return getattr(importlib.import_module("headrace.llms"), name)
-    if name == "models":
-        return importlib.import_module("headrace.models")
+    if name in ("models", "registry"):
+        return importlib.import_module(f"headrace.{name}")
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")
