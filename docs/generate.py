@@ -7,7 +7,6 @@ python docs/generate.py --check    # write nothing; exit code 1 if a page is not
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import re
 import sys
@@ -25,7 +24,6 @@ NOTE = "<!-- Written by docs/generate.py from the code: change the code, then ru
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 ENTRY = re.compile(r" {4}(?P<names>\w[\w, ]*): (?P<text>.*)")
 WIDTH = 100
-MODULES = ("registry",)  # that `import headrace` does not load, and which are public all the same
 
 
 def main() -> int:
@@ -74,12 +72,7 @@ def sections(group: Any, outer: Any) -> Iterator[str]:
 
 def api() -> Iterator[str]:
     """A section for each public name."""
-    yield from [
-        "# Python",
-        "",
-        "Everything here is an attribute of `headrace`, imported as `hr`; `registry` is there after `from headrace import registry`.",
-        "",
-    ]
+    yield from ["# Python", "", "Everything here is an attribute of `headrace`, imported as `hr`.", ""]
     for name, thing in public():
         yield from [f"## {name}", ""]
         yield from fence("python", head(f"hr.{name}", thing))
@@ -95,13 +88,13 @@ def api() -> Iterator[str]:
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Every public name, and then modules that are imported by themselves; what is in a module follows it."""
-    for name in (*headrace.__all__, *MODULES):
-        thing = importlib.import_module(f"headrace.{name}") if name in MODULES else getattr(headrace, name)
+    """Every public name; those of a module follow it."""
+    for name in sorted(headrace.__all__, key=lambda name: (not name.isupper(), name)):
+        thing = getattr(headrace, name)
         yield name, thing
         if inspect.ismodule(thing):
-            members = ((f"{name}.{member}", getattr(thing, member)) for member in thing.__all__)
-            yield from ((member, one) for member, one in members if inspect.isclass(one) or inspect.isfunction(one))
+            members = ((f"{name}.{member}", getattr(thing, member)) for member in thing.__all__ if member not in headrace.__all__)
+            yield from ((member, one) for member, one in members if inspect.isclass(one) or inspect.isfunction(one))  # not a type's alias
 
 
 class Verbatim:

@@ -43,7 +43,7 @@ def main():
     slope, offset = np.polyfit(lengths, words, 1)
     off = words - (slope * lengths + offset)
     r2 = 1 - off.var() / words.var()
-    run = registry.log_run("words", settings={"degree": 1}, metrics={"r2": r2}, inputs=[TEXTS])
+    run = registry.log_run("words", settings={"degree": 1}, metrics={"r2": r2}, inputs=[TEXTS], code=main)
     with tempfile.TemporaryDirectory() as folder:
         save_file({"slope": np.array([slope]), "offset": np.array([offset])}, Path(folder) / "model.safetensors")
         version = registry.register(folder, "words", run=run, stage=Words())

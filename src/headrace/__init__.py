@@ -27,7 +27,7 @@ from headrace.plan import explain, resolve
 from headrace.stage import stage
 
 if TYPE_CHECKING:
-    from headrace import features, models, online_store
+    from headrace import features, models, online_store, registry
     from headrace.client import Client
     from headrace.features import FeatureView, training_set
     from headrace.llms import LLM, Sampling
@@ -59,6 +59,7 @@ __all__ = [
     "gpu",
     "models",
     "online_store",
+    "registry",
     "resolve",
     "rows",
     "run",
@@ -87,7 +88,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("features", "models", "online_store"):
+    if name in ("features", "models", "online_store", "registry"):
         return importlib.import_module(f"headrace.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(f"headrace.{_LATER[name]}"), name)

@@ -15,7 +15,7 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -206,3 +206,13 @@ def _version(value: Any) -> str | None:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     reference = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{text.replace('/', '--')}" / "refs" / "main"
     return reference.read_text().strip() if text.count("/") == 1 and reference.is_file() else None
+
+
+def code_of(function: Callable[..., Any]) -> dict[str, str]:
+    """The facts of a function that is no stage, such as one that fits a model: the code of its module and of the user's own that this imports."""
+    stage = Stage(name=function.__name__, call=function, reads={}, writes={}, on=(), batch=Rows(1), replicas=(1, None))
+    found: dict[str, str] = {}
+    for module in sorted(_modules(stage), key=lambda module: module.__name__):
+        name = f"code of {Path(str(module.__file__)).name}"
+        found[name] = found.get(name, "") + _code(str(module.__file__))
+    return found or {f"code of {function.__name__}": _typed_in(function)}

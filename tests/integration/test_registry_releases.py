@@ -89,7 +89,7 @@ def test_a_run_is_kept_with_all_that_it_depends_on(client: Any, name: str, tmp_p
     model = add(name, tmp_path / "base")
     metrics = {"auc": 0.83, "loss": [(10, 0.5), (20, 0.25)], "nan": [1, float("nan")]}
     inputs = [str(tmp_path / "labels.csv"), "view:occupancy#ab12", f"models:/{name}@candidate"]
-    run = registry.log_run("trained", settings=Settings(), metrics=metrics, inputs=inputs, files=[tmp_path / "curve.svg"], facts={"code of train.py": "1"})
+    run = registry.log_run("trained", settings=Settings(), metrics=metrics, inputs=inputs, files=[tmp_path / "curve.svg"], code=weights)
     found = client.get_run(run.id)
     assert str(run) == f"run:{run.id}" and found.info.status == "FINISHED"
     assert found.data.params == {"rate": "0.1", "trees.depth": "6"}
@@ -103,6 +103,7 @@ def test_a_run_is_kept_with_all_that_it_depends_on(client: Any, name: str, tmp_p
     assert [one.path for one in client.list_artifacts(run.id)] == ["curve.svg", "headrace"]
     folder = Path(client.download_artifacts(run.id, "headrace"))
     assert json.loads((folder / "versions.json").read_text())["headrace"] == hr.__version__
+    assert list(json.loads((folder / "facts.json").read_text())) == ["code of registered.py", "code of test_registry_releases.py"]
     assert json.loads((folder / "hardware.json").read_text())["cores"] == len(os.sched_getaffinity(0))
 
 
@@ -161,6 +162,7 @@ def test_the_report_of_a_training_tells_its_settings_and_its_curves(client: Any,
         ({"settings": 3}, "settings must be a dataclass or a mapping, got 3"),
         ({"inputs": ["none.parquet"]}, "input 'none.parquet' holds no files"),
         ({"inputs": [3]}, "inputs are paths, URIs, models:/name@alias, or view:name, got 3"),
+        ({"code": 3}, "code must be a function, or facts by their names, got 3"),
         ({"files": ["none.svg"]}, "there is no file 'none.svg' to keep"),
         ({"output": "none"}, "output 'none' has no _headrace/report.json"),
     ],

@@ -14,7 +14,7 @@ import pytest
 
 import headrace as hr
 from headrace.cli.loading import load
-from headrace.fingerprint import differences, facts, refuse
+from headrace.fingerprint import code_of, differences, facts, refuse
 
 CODE = '''"""A page of a user."""
 import headrace as hr
@@ -198,6 +198,13 @@ def test_code_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert differences(same, typed(NOTEBOOK.replace("x + 1", "x  +  1"))) == []
     assert differences(same, typed(NOTEBOOK.replace("x + 1", "x + 2"))) == ["code of plus: changed"]
     assert differences(same, typed(NOTEBOOK.replace("y * self", "self.factor + self"))) == ["code of times: changed"]
+
+
+def test_code_of_a_function_that_is_no_stage() -> None:
+    def fit() -> int:
+        return 1
+
+    assert list(code_of(fit)) == ["code of test_fingerprint.py"] and code_of(fit) == code_of(test_what_is_told)
 
 
 def test_what_is_told() -> None:

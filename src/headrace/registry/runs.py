@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -72,7 +73,7 @@ def log_run(
     pipeline: Pipeline | Plan | None = None,
     inputs: Sequence[str | os.PathLike[str]] | str = (),
     output: str | None = None,
-    facts: Mapping[str, str] | None = None,
+    code: Callable[..., Any] | Mapping[str, str] | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
 ) -> Run:
     """Keep a run in MLflow, whole or marked as failed: what is compared in its interface, and a record that says what the results depend on.
@@ -87,7 +88,7 @@ def log_run(
         inputs: what it was made from: paths, URIs, `models:/name@alias`, `view:name`, noted as they are now.
         output: the folder of a batch job or a training: its input, facts, plan, versions, machines and cost are read from there, and of
             a training its settings and curves. Of features it may be `view:name`.
-        facts: further facts of code, such as those of `headrace.fingerprint`.
+        code: the function that did it, whose module counts with all of the user's own that it imports; or facts such as those of `headrace.fingerprint`.
         files: pictures, reports and the like to keep with it.
 
     Raises:
@@ -96,7 +97,7 @@ def log_run(
     """
     if not isinstance(name, str) or not name.strip():
         raise RegistryError(f"log_run: name must be text, such as 'stays', got {name!r}")
-    record = _record(settings, metrics or {}, pipeline, [inputs] if isinstance(inputs, str) else inputs, output, facts or {}, files)
+    record = _record(settings, metrics or {}, pipeline, [inputs] if isinstance(inputs, str) else inputs, output, code, files)
     with changing(f"run of {name!r}", make=True) as mlflow:
         from mlflow.tracking.context.registry import resolve_tags  # user, program, commit: as mlflow's own runs have them
 
@@ -118,14 +119,17 @@ def _record(
     pipeline: Pipeline | Plan | None,
     inputs: Sequence[str | os.PathLike[str]],
     output: str | None,
-    facts: Mapping[str, str],
+    code: Callable[..., Any] | Mapping[str, str] | None,
     files: Sequence[str | os.PathLike[str]],
 ) -> _Record:
     """What there is to write, found out and checked before anything is."""
     texts: dict[str, str] = {"hardware.json": _json(hardware()), "versions.json": _json(versions())}
     tags: dict[str, str] = {}
     made_from: list[Reference | str | os.PathLike[str]] = [*inputs]
-    facts, params = dict(facts), dict(_flat(settings, ""))
+    if not (code is None or inspect.isfunction(code) or isinstance(code, Mapping)):
+        raise RegistryError(f"log_run: code must be a function, or facts by their names, got {code!r}")
+    facts = fingerprint.code_of(code) if inspect.isfunction(code) else dict(code or {})
+    params = dict(_flat(settings, ""))
     if pipeline is not None:
         plain = (pipeline.pipeline if isinstance(pipeline, Plan) else pipeline).pinned()
         facts |= fingerprint.facts(plain, {})
@@ -145,8 +149,8 @@ def _record(
         tags[OUTPUT] = named(output)
     if facts:
         texts["facts.json"] = _json(facts)
-        code = sorted((key, value) for key, value in facts.items() if key.startswith(("code of ", "loop")))
-        tags[CODE] = hashlib.sha256(repr(code or sorted(facts.items())).encode()).hexdigest()[:16]
+        parts = sorted((key, value) for key, value in facts.items() if key.startswith(("code of ", "loop")))
+        tags[CODE] = hashlib.sha256(repr(parts or sorted(facts.items())).encode()).hexdigest()[:16]
     texts["settings.json"] = _json(params)
     paths = [Path(path) for path in files]
     if missing := [path for path in paths if not path.exists()]:
