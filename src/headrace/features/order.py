@@ -20,6 +20,7 @@ Flags = npt.NDArray[np.bool_]
 
 _FINEST = ("us", "ns")  # no coarser than durations are
 _LEAST, _MOST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+_LONG_RUN = 256
 _MICROSECOND = dt.timedelta(microseconds=1)
 
 
@@ -101,10 +102,7 @@ class Ruler:
             return times
         last = self.first + (self.length - 1) * self.step
         before = times.min() < self.first
-        if before or times.max() > last:
-            within = np.clip(times, self.first, last) - self.first
-        else:
-            within = times - self.first
+        within = np.clip(times, self.first, last) - self.first if before or times.max() > last else times - self.first
         if self.step > 1:
             within //= self.step
         return np.where(times < self.first, -1, within) if before else within
@@ -170,18 +168,22 @@ def _unit(types: Sequence[pa.DataType]) -> str:
 def _sorting(numbers: Ints) -> Ints | None:
     """The places of the numbers in rising order, or None where they are in it; equal ones come in any order, on which nothing depends.
 
-    Numbers are sorted several times as fast as their places are. So each number and its place are put into one that is sorted; where
-    both have no room in 64 bits, the number's lowest bits are left out, and those that are then alike are sorted once more.
+    Rows often come in long runs that rise, as files of sorted rows do; those are merged. Others: numbers are sorted several times as
+    fast as their places are. So each number and its place are put into one that is sorted; where both have no room in 64 bits, the
+    number's lowest bits are left out, and those that are then alike are sorted once more.
     """
-    if (numbers[1:] >= numbers[:-1]).all():
-        return None
+    falls = np.count_nonzero(numbers[1:] < numbers[:-1])
+    if falls <= len(numbers) // _LONG_RUN:
+        return np.argsort(numbers, kind="stable") if falls else None
     least = numbers.min()
     bits = len(numbers).bit_length()
     cut = max((int(numbers.max()) - int(least)).bit_length() + bits - 64, 0)
-    packed = (numbers.astype(np.uint64) - least.astype(np.uint64)) >> np.uint64(cut) << np.uint64(bits)
+    packed = (numbers - least).view(np.uint64)  # which wraps around to what it should be
+    packed >>= np.uint64(cut)
+    packed <<= np.uint64(bits)
     packed |= np.arange(len(numbers), dtype=np.uint64)
     packed.sort()
-    places = (packed & np.uint64((1 << bits) - 1)).astype(np.int64)
+    places = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
     if cut:
         packed >>= np.uint64(bits)
         same = packed[1:] == packed[:-1]
