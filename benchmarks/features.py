@@ -153,8 +153,6 @@ def daft(kind: str, folder: str) -> Callable[[], pa.Table]:
     import daft as library
     from daft import Window, col
 
-    library.set_runner_native()
-
     def run() -> pa.Table:
         events, labels = library.read_parquet(f"{folder}/events/*.parquet"), library.read_parquet(f"{folder}/labels/*.parquet")
         if kind == "join":
@@ -264,7 +262,13 @@ def measure(name: str, kind: str, folder: str, limit_gb: float) -> dict[str, flo
 def measured(name: str, kind: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in a process of its own; `failed` says why there is none."""
     python = arguments.daft_python if name == "daft" else sys.executable
-    env = os.environ | {"DO_NOT_TRACK": "1", "DAFT_ANALYTICS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    env = os.environ | {
+        "DAFT_RUNNER": "native",
+        "RAY_raylet_start_wait_time_s": "300",
+        "DO_NOT_TRACK": "1",
+        "DAFT_ANALYTICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
     command = [python, __file__, "--measure", name, kind, folder, "--limit-gb", str(arguments.limit_gb)]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=arguments.timeout_s)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
+    from headrace.online_store import Lookup as Lookup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -78,4 +79,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"headrace.{name}")
     if name in ("FeatureView", "training_set"):
         return getattr(importlib.import_module("headrace.features"), name)
+    if name == "Lookup":
+        return importlib.import_module("headrace.online_store").Lookup
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -23,6 +23,7 @@ from headrace.cli.check import check
 from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
+from headrace.cli.features import features
 from headrace.cli.keys import keys
 from headrace.cli.llm import llm
 from headrace.cli.promote import promote
@@ -50,6 +51,7 @@ app.command()(rollback)
 app.command()(stop)
 app.command()(top)
 app.command()(check)
+app.command()(features)
 app.command()(replay)
 app.command()(runs)
 app.command()(diff)

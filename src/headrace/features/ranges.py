@@ -38,7 +38,7 @@ class Wavelet:
 
     def __init__(self, numbers: Ints) -> None:
         self._levels: list[tuple[int, npt.NDArray[np.int32]]] = []
-        rest = numbers
+        rest: npt.NDArray[np.signedinteger[Any]] = numbers if len(numbers) and int(numbers.max()) >> 31 else numbers.astype(np.int32)
         for bit in reversed(range(int(numbers.max(initial=0)).bit_length())):
             zero = ((rest >> bit) & 1) == 0
             counts = np.zeros(len(rest) + 1, np.int32)

@@ -141,8 +141,8 @@ def check_key(schema: pa.Schema, key: Sequence[str], what: str) -> None:
 def check_time(kind: pa.DataType, what: str) -> None:
     """Raise WiringError unless a column of that type says when something happened."""
     if not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
-        hint = "; a number does not say in which unit and since when: make a timestamp of it first" if pa.types.is_integer(kind) else ""
-        raise WiringError(f"{what} must be a timestamp or a date, but it is {kind}{hint}")
+        why = "a number does not say in which unit and since when: " if pa.types.is_integer(kind) else ""
+        raise WiringError(f"{what} must be a timestamp or a date, but it is {kind}; {why}make a timestamp of it first, in the view's pipeline, say")
 
 
 def _check_source(source: object, what: str) -> None:

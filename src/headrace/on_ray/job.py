@@ -280,12 +280,12 @@ def _execute(plan: Plan, source: Source, units: Sequence[Unit], todo: Todo, driv
             with compat.DataContext.current(compat.context(compat.DataContext.get_current())):
                 settled = driver.run(lower(plan, source, todo=todo, log=driver.log))
         except (ray.exceptions.RayError, compat.ExecutionTimeoutError) as error:  # the latter after half an hour without progress
-            raise _translated(error) from error
+            raise translated(error) from error
         left = resume.todo(driver.ledger.state, units)
         todo = [(unit, rows) for unit, rows in left if unit.id not in driver.lost] if settled else []
 
 
-def _translated(error: BaseException) -> HeadraceError:
+def translated(error: BaseException) -> HeadraceError:
     """The HeadraceError that a worker raised, dug out of Ray's wrapping; else a RunError that says what was raised."""
     seen: BaseException | None = error
     innermost = error

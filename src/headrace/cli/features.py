@@ -1,0 +1,105 @@
+"""`headrace features`: feature views over files, as of labels or of an instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json as json_module
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headrace.cli.loading import load_views
+from headrace.cli.options import Address, Json, Quiet, Verbose
+from headrace.errors import SettingError
+from headrace.features.job import FeatureJob
+from headrace.online_store import publish as write
+from headrace.online_store.opening import check_url
+
+_TELL_EVERY_S = 5.0
+
+File = Annotated[str, typer.Argument(metavar="FILE[::NAME]", help="The Python file with the feature views, and the name of one if only that is wanted.")]
+Out = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder or URI that does not exist, is empty, or holds this job.")]
+In = Annotated[list[str] | None, typer.Option("--input", "-i", metavar="PATH", help="Events to read instead of the view's own source; repeatable.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--labels", metavar="PATH", help="Join the features of all views with these rows, as known at the time of each; repeatable.")
+]
+At = Annotated[
+    str | None, typer.Option(metavar="INSTANT", help="Without --labels: as of when, such as 2024-03-31T12:00; now by default, without a zone in UTC.")
+]
+Parts = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many parts to cut events into by key; by their number and size when left out.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
+Publish = Annotated[
+    str | None, typer.Option(metavar="STORE", help="Then write the features to this online store: the path of an SQLite file, or redis://host:port/db.")
+]
+Local = Annotated[bool, typer.Option("--local", help="Compute in this process, one part after the other, without Ray.")]
+
+
+def features(
+    file: File,
+    output: Out,
+    input: In = None,
+    labels: Labels = None,
+    at: At = None,
+    parts: Parts = None,
+    publish: Publish = None,
+    restart: Restart = False,
+    local: Local = False,
+    address: Address = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compute features: what is known of each key at an instant, or with --labels what was known at the time of each label.
+
+    The same command again goes on where it stopped. The output is Parquet, in parts by key. With --publish it is written to an online store as well,
+    where no key goes back to an older value.
+    """
+    if publish is not None:
+        if labels:
+            raise SettingError("--publish writes what is known at an instant; with --labels there is no such thing: give one of them")
+        check_url(publish)
+    instant = None if at is None else _instant(at)
+    views = load_views(file)
+    job = FeatureJob.of(views, output=output, input=input or None, labels=labels or None, at=instant, parts=parts)
+    watch = _Told(Console(stderr=True, quiet=quiet, highlight=False))
+    if local:
+        report = job.run(watch=watch, restart=restart)
+    else:
+        from headrace.on_ray import features as on_ray  # loads ray: a mistake above is told half a second earlier
+        from headrace.on_ray.cluster import connected
+
+        folder = Path(file.partition("::")[0]).resolve().parent
+        report = on_ray.run(job, input=input or None, connect=partial(connected, address, folder=folder, verbose=verbose), watch=watch, restart=restart)
+    if publish is not None:
+        published = write(views[0], job.tables(), publish, at=job.at)
+    if json:
+        print(json_module.dumps(dataclasses.asdict(report), indent=1))
+    elif not quiet:
+        print(report)
+        if publish is not None:
+            print(f"published {published.rows:,} keys: {published.newer:,} new or newer, {published.older:,} of which the store knows better")
+
+
+class _Told:
+    """Says every few seconds how far a job is."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.last = console, time.monotonic()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= _TELL_EVERY_S:
+            self.last = time.monotonic()
+            self.console.print(f"{step}: {done:,} of {total:,}", markup=False)
+
+
+def _instant(text: str) -> dt.datetime:
+    try:
+        found = dt.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise SettingError(f"--at {text!r} is no instant ({error}); write it as 2024-03-31T12:00 or 2024-03-31T12:00+02:00") from error
+    return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
