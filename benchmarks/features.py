@@ -1,152 +1,364 @@
-"""The point-in-time join beside DuckDB and Polars, each in memory in this process with all its threads, in turn in every round.
+"""Point-in-time features: headrace in one process next to DuckDB, Polars, Daft and plain Ray Data; and what needs how much memory.
 
-    python benchmarks/features.py --rounds 5 --save
-    python benchmarks/features.py --calendar ../shared/data/calendar.parquet
+    python benchmarks/features.py --save
+    python benchmarks/features.py --events 50e6 --rounds 1 --limit-gb 6 --contenders headrace,duckdb,polars
 
-Generated events of so many keys over a year, microseconds apart, and as many labels:
+Two kinds of features of the same events, each for every label as of the label's own time:
 
-    asof       the last value that is known at the time of each label: DuckDB's ASOF join, Polars' join_asof
-    windows    count, sum, mean, least and greatest value of the 30 days before each label: in DuckDB a window over events and
-               labels together, in Polars a rolling aggregation over them
-    quantile   the median of these windows; DuckDB's quantile_cont, Polars' median
+    join       the last value: what as-of joins are made for
+    windows    count, sum, mean, least and greatest value of the 30 days before
 
-With `--calendar` events and labels are the rows of a calendar of prices, where many share a day: each row is a label for what was
-known a day before. Values are compared before anything is timed: equal, but for sums in the last digits.
+over two inputs: a calendar of short stays (`../shared/data/calendar.parquet`, 1.9 million rows, each of which is an event and a label, where
+it is there), and generated events (`--events`, a fifth as many labels, 100 events to a key, but one event in ten of one hot key), both as
+Parquet files.
+
+The contenders take turns, each in a process of its own that reads the files and ends with the values as a table in memory. Seconds count
+from the first byte read to the table, after the same over a thousand events; the memory is the peak of the process, for Ray that of all its processes, shared
+pages counted once. With `--limit-gb` every process may have so much memory of its own (RLIMIT_DATA), and what does not finish says so.
+
+    headrace   hr.training_set, as documented
+    duckdb     ASOF JOIN; window functions over events and labels together, with RANGE
+    polars     join_asof; rolling over events and labels together
+    daft       join_asof; window functions with range_between; needs --daft-python
+    ray        Ray Data: union, repartition by key, pandas' merge_asof and rolling in map_batches
+
+All must find the same values: a thousandth of the labels is compared with headrace's. Daft does not install beside headrace's own versions:
+
+    python3.11 -m venv /tmp/daft && /tmp/daft/bin/pip install daft==0.7.26 numpy
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import duckdb
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-import headrace as hr
-from headrace import features as f
-
-YEAR_US = 365 * 86_400_000_000
-WINDOW = dt.timedelta(days=30)
-AGGREGATES = {"n": "count(x)", "total": "sum(x)", "average": "avg(x)", "least": "min(x)", "most": "max(x)"}
-MEDIAN = {"median": "quantile_cont(x, 0.5)"}
-FEATURES = {
-    "asof": {"last": f.last("x")},
-    "windows": {name: getattr(f, kind)("x", over=WINDOW) for name, kind in zip(AGGREGATES, ("count", "sum", "mean", "min", "max"), strict=True)},
-    "quantile": {"median": f.quantile("x", 0.5, over=WINDOW)},
-}
+CALENDAR = Path(__file__).parents[2] / "shared/data/calendar.parquet"
+PIECE, SAMPLE, PER_KEY, HOT = 2_000_000, 1024, 100, 0.1
+DAY_US = 86_400_000_000
+SINGLE = ("duckdb", "polars", "daft")  # tools of one process, the fastest of which is the measure
+COUNTS = ("n", "total", "mean", "least", "most")
+FOUND = {"join": ("value",), "windows": COUNTS}
 
 
-def generated(rows: int, keys: int) -> tuple[pa.Table, pa.Table]:
-    """Events and labels, in no order."""
-    rng = np.random.default_rng(7)
-
-    def some() -> dict[str, pa.Array]:
-        return {"k": pa.array(rng.integers(0, keys, rows)), "t": pa.array(rng.integers(0, YEAR_US, rows)).cast(pa.timestamp("us"))}
-
-    return pa.table(some() | {"x": pa.array(rng.normal(100, 30, rows).round(2))}), pa.table(some() | {"id": pa.array(range(rows))})
-
-
-def calendar(path: str) -> tuple[pa.Table, pa.Table]:
-    """Prices as events, and all rows as labels for what was known a day before."""
-    rows = pq.read_table(path, columns=["listing_id", "date", "price"]).rename_columns(["k", "t", "x"])
-    rows = rows.set_column(1, "t", rows["t"].cast(pa.timestamp("us"))).filter(pc.is_valid(rows["x"])).combine_chunks()
-    labels = rows.select(["k"]).append_column("t", pc.subtract(rows["t"], pa.scalar(dt.timedelta(days=1), pa.duration("us"))))
-    return rows, labels.append_column("id", pa.array(range(rows.num_rows)))
+def write_calendar(folder: Path) -> int:
+    table = pq.read_table(CALENDAR)
+    rows = np.arange(table.num_rows)
+    events = pa.table({"k": table["listing_id"], "t": table["date"].cast(pa.timestamp("us")), "x": table["price"].cast(pa.float64())})
+    shuffled = np.random.default_rng(0).permutation(rows)
+    write(events, folder / "events", 0)  # as it lies: by listing and date
+    write(events.select(["k", "t"]).take(pa.array(shuffled)).append_column("id", pa.array(rows)), folder / "labels", 0)
+    return table.num_rows
 
 
-def headrace(events: pa.Table, labels: pa.Table, what: str) -> pa.Table:
-    return f.as_of(hr.FeatureView("v", key="k", time="t", features=FEATURES[what]), labels, events)
+def write_generated(folder: Path, events: int) -> int:
+    """A year of events, in pieces. No two of one key share an instant: what is the last of two is a rule that tools do not share."""
+    numbers = np.random.default_rng(0)
+    keys = max(events // PER_KEY, 1)
+    for piece, first in enumerate(range(0, events, PIECE)):
+        rows = np.arange(first, min(first + PIECE, events))
+        times = numbers.integers(0, 365 * DAY_US // events, len(rows)) * events + numbers.permutation(rows)  # its rest tells events apart
+        table = pa.table({"k": _keys(numbers, len(rows), keys), "t": _times(times), "x": numbers.normal(100, 30, len(rows)).round(2)})
+        write(table, folder / "events", piece)
+        part = len(rows) // 5
+        labels = pa.table({"k": _keys(numbers, part, keys), "t": _times(numbers.integers(0, 365 * DAY_US, part)), "id": rows[:part]})
+        write(labels, folder / "labels", piece)
+    return events
 
 
-def with_duckdb(events: pa.Table, labels: pa.Table, what: str) -> pa.Table:
-    if what == "asof":
-        query = "select l.*, e.x as last from labels l asof left join events e on l.k = e.k and l.t >= e.t"
+def _keys(numbers: np.random.Generator, count: int, keys: int) -> np.ndarray:
+    return np.where(numbers.random(count) < HOT, 0, numbers.integers(0, keys, count))
+
+
+def _times(since_us: np.ndarray) -> pa.Array:
+    return pa.array(since_us + 19_723 * DAY_US).cast(pa.timestamp("us"))  # from 2024 on
+
+
+def write(table: pa.Table, folder: Path, piece: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / f"{piece:03}.parquet", row_group_size=131_072)
+
+
+def headrace(kind: str, folder: str) -> Callable[[], pa.Table]:
+    import headrace as hr
+    from headrace import features as f
+    from headrace.features import training
+
+    over = {"over": "30d"}
+    features = {"value": f.last("x")}
+    if kind == "windows":
+        features = {"n": f.count("x", **over), "total": f.sum("x", **over), "mean": f.mean("x", **over)}
+        features |= {"least": f.min("x", **over), "most": f.max("x", **over)}
+    view = hr.FeatureView("view", f"{folder}/events/*.parquet", key="k", time="t", features=features)
+    return lambda: training.training_set(f"{folder}/labels/*.parquet", view)
+
+
+def duckdb(kind: str, folder: str) -> Callable[[], pa.Table]:
+    import duckdb as library
+
+    db = library.connect()
+    db.execute(f"SET threads = {cores()}; SET temp_directory = '{folder}/duckdb'")
+    events, labels = f"'{folder}/events/*.parquet'", f"'{folder}/labels/*.parquet'"
+    if kind == "join":
+        query = f"SELECT l.*, e.x AS value FROM {labels} l ASOF LEFT JOIN (FROM {events} WHERE x IS NOT NULL) e ON l.k = e.k AND l.t >= e.t"
     else:
-        chosen = ", ".join(f"{sql} over w as {name}" for name, sql in (AGGREGATES if what == "windows" else MEDIAN).items())
+        # A window of RANGE has its beginning in it; so it is a microsecond shorter.
         query = f"""
-            select * exclude (x) from (
-                select k, t, id, x, {chosen} from (select k, t, null as id, x from events union all select k, t, id, null from labels)
-                window w as (partition by k order by t range between interval '{WINDOW.days} days' - interval 1 microsecond preceding and current row)
-            ) where id is not null"""
-    return duckdb.sql(query).to_arrow_table()
+            SELECT * EXCLUDE (x) FROM (
+                SELECT id, k, t, x, count(x) OVER w AS n, sum(x) OVER w AS total, avg(x) OVER w AS mean, min(x) OVER w AS least, max(x) OVER w AS most
+                FROM (SELECT NULL AS id, k, t, x FROM {events} UNION ALL SELECT id, k, t, NULL FROM {labels})
+                WINDOW w AS (PARTITION BY k ORDER BY t RANGE BETWEEN INTERVAL '{30 * DAY_US - 1} microseconds' PRECEDING AND CURRENT ROW)
+            ) WHERE id IS NOT NULL"""
+    return lambda: db.sql(query).to_arrow_table()
 
 
-def with_polars(events: pa.Table, labels: pa.Table, what: str) -> pa.Table:
-    one, other = pl.from_arrow(events), pl.from_arrow(labels)
-    if what == "asof":
-        return other.sort("t").join_asof(one.sort("t").rename({"x": "last"}), on="t", by="k", strategy="backward", check_sortedness=False).to_arrow()
-    both = pl.concat([one.with_columns(id=pl.lit(None, pl.Int64)), other.with_columns(x=pl.lit(None, pl.Float64)).select("k", "t", "x", "id")])
-    x = pl.col("x")
-    wanted = [x.count().alias("n"), x.sum().alias("total"), x.mean().alias("average"), x.min().alias("least"), x.max().alias("most")]
-    chosen = wanted if what == "windows" else [x.median().alias("median")]
-    # Rows of one instant see each other, as in DuckDB; the label's own number comes back through the order, which rolling keeps.
-    ordered = both.sort("k", "t")
-    rolled = ordered.rolling(index_column="t", period=WINDOW, group_by="k", closed="right").agg(*chosen)
-    return rolled.with_columns(ordered["id"]).filter(pl.col("id").is_not_null()).to_arrow()
+def polars(kind: str, folder: str) -> Callable[[], pa.Table]:
+    import polars as pl
+
+    def run() -> pa.Table:
+        events, labels = pl.scan_parquet(f"{folder}/events/*.parquet"), pl.scan_parquet(f"{folder}/labels/*.parquet")
+        if kind == "join":
+            known = events.filter(pl.col("x").is_not_null()).sort("t").rename({"x": "value"})
+            return labels.sort("t").join_asof(known, on="t", by="k", check_sortedness=False).collect().to_arrow()
+        both = pl.concat([events, labels], how="diagonal").sort("k", "t")
+        x = pl.col("x")
+        found = {"n": x.count(), "total": x.sum(), "mean": x.mean(), "least": x.min(), "most": x.max()}
+        rows = both.collect()
+        window = rows.lazy().rolling("t", period="30d", closed="right", group_by="k").agg(**found)
+        return window.collect().with_columns(rows["id"]).filter(pl.col("id").is_not_null()).to_arrow()
+
+    return run
 
 
-CONTENDERS: dict[str, Callable[[pa.Table, pa.Table, str], pa.Table]] = {"headrace": headrace, "duckdb": with_duckdb, "polars": with_polars}
+def daft(kind: str, folder: str) -> Callable[[], pa.Table]:
+    import datetime as dt
+
+    import daft as library
+    from daft import Window, col
+
+    def run() -> pa.Table:
+        events, labels = library.read_parquet(f"{folder}/events/*.parquet"), library.read_parquet(f"{folder}/labels/*.parquet")
+        if kind == "join":
+            known = events.where(col("x").not_null()).select("k", "t", col("x").alias("value"))
+            return labels.join_asof(known, on="t", by="k").to_arrow()
+        nothing = library.lit(None)
+        both = labels.select("id", "k", "t", nothing.cast(library.DataType.float64()).alias("x")).union_all(
+            events.select(nothing.cast(library.DataType.int64()).alias("id"), "k", "t", "x")
+        )
+        window = Window().partition_by("k").order_by("t").range_between(-dt.timedelta(microseconds=30 * DAY_US - 1), Window.current_row)
+        x = col("x")
+        found = {"n": x.count(), "total": x.sum(), "mean": x.mean(), "least": x.min(), "most": x.max()}
+        return both.select("id", "k", "t", *(value.over(window).alias(name) for name, value in found.items())).where(col("id").not_null()).to_arrow()
+
+    return run
 
 
-def compare(events: pa.Table, labels: pa.Table, what: str) -> None:
-    """Hold the others' values to ours; of rows at one instant with different values, each takes another for the last."""
-    ours = headrace(events, labels, what).sort_by("id")
-    for name, contender in list(CONTENDERS.items())[1:]:
-        theirs = contender(events, labels, what).sort_by("id")
-        for column in FEATURES[what]:
-            found, expected = (table[column].cast(pa.float64()).fill_null(0).to_numpy() for table in (theirs, ours))
-            apart = ~np.isclose(found, expected, rtol=1e-9, atol=1e-6)
-            assert not apart.any(), f"{name}, {what}, {column}: {apart.sum()} values differ"
+def ray(kind: str, folder: str) -> Callable[[], pa.Table]:
+    import logging
+
+    import pandas as pd
+    import ray as library
+
+    if not library.is_initialized():
+        library.init(address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    library.data.DataContext.get_current().enable_progress_bars = False
+
+    def join(batch: pd.DataFrame) -> pd.DataFrame:
+        labels, events = batch[batch["id"] >= 0].drop(columns="x"), batch[(batch["id"] < 0) & batch["x"].notna()]
+        events = events[["k", "t", "x"]].rename(columns={"x": "value"})
+        return pd.merge_asof(labels.sort_values("t"), events.sort_values("t"), on="t", by="k")
+
+    def windows(batch: pd.DataFrame) -> pd.DataFrame:
+        batch = batch.sort_values(["k", "t", "id"], ignore_index=True)  # events, whose id is -1, before the labels of the same instant
+        rolled = batch.groupby("k").rolling("30D", on="t", min_periods=0)["x"].agg(["count", "sum", "mean", "min", "max"])
+        batch[list(COUNTS)] = rolled.to_numpy()
+        return batch[batch["id"] >= 0].drop(columns="x")
+
+    def run() -> pa.Table:
+        data = library.data
+        no_label = lambda table: table.append_column("id", pa.array(np.full(len(table), -1)))  # noqa: E731
+        no_event = lambda table: table.append_column("x", pa.nulls(len(table), pa.float64()))  # noqa: E731
+        events = data.read_parquet(f"{folder}/events").map_batches(no_label, batch_format="pyarrow")
+        labels = data.read_parquet(f"{folder}/labels").map_batches(no_event, batch_format="pyarrow")
+        names = ["id", "k", "t", "x"]
+        parts = events.select_columns(names).union(labels.select_columns(names)).repartition(4 * cores(), keys=["k"])
+        found = parts.map_batches(join if kind == "join" else windows, batch_format="pandas", batch_size=None)
+        return pa.concat_tables(library.get(found.to_arrow_refs()), promote_options="permissive")
+
+    return run
+
+
+CONTENDERS = {made.__name__: made for made in (headrace, duckdb, polars, daft, ray)}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+class Memory(threading.Thread):
+    """The most that this process and those that it started held together, shared pages counted once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0, threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        while not self.done.wait(0.5):
+            held = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    held += process.memory_full_info().pss
+                except psutil.Error:
+                    continue  # it has ended
+            self.peak = max(self.peak, held)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had resident; getrusage would tell its parent's, if that had more."""
+    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(found.split()[1]) * 1024
+
+
+def measure(name: str, kind: str, folder: str, limit_gb: float) -> dict[str, float]:
+    """One measurement, in this process; leaves a sample of the values beside the input."""
+    memory = Memory()
+    if name == "ray":
+        memory.start()
+    elif limit_gb:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 1e9),) * 2)
+    made = CONTENDERS[name]
+    made(kind, f"{folder}/few")()  # modules load, threads start
+    run = made(kind, folder)
+    started, used = time.perf_counter(), time.process_time()
+    table = run()
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
+    memory.done.set()
+    peak = memory.peak or peak_bytes()
+    table = table if isinstance(table, pa.Table) else pa.table(table)
+    sample = table.filter(pc.equal(pc.bit_wise_and(table["id"], SAMPLE - 1), 0)).select(["id", *FOUND[kind]]).sort_by("id")
+    pq.write_table(sample, f"{folder}/{kind}-{name}.parquet")
+    return {"seconds": round(seconds, 2), "core seconds": round(cpu_s, 2), "peak GB": round(peak / 1e9, 2), "rows": table.num_rows}
+
+
+def measured(name: str, kind: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in a process of its own; `failed` says why there is none."""
+    python = arguments.daft_python if name == "daft" else sys.executable
+    env = os.environ | {
+        "DAFT_RUNNER": "native",
+        "RAY_raylet_start_wait_time_s": "300",
+        "DO_NOT_TRACK": "1",
+        "DAFT_ANALYTICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    command = [python, __file__, "--measure", name, kind, folder, "--limit-gb", str(arguments.limit_gb)]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=arguments.timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {arguments.timeout_s} s"}
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [""]
+        return {"failed": f"exit code {done.returncode}: {said[-1][:200]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(name: str, kind: str, folder: str) -> None:
+    """The values are headrace's: to the last bit, but for sums, which nobody else rounds as exactly."""
+    ours, theirs = (pq.read_table(f"{folder}/{kind}-{one}.parquet") for one in ("headrace", name))
+    assert ours["id"].equals(theirs["id"]), f"{name}, {kind}: other labels"
+    for column in FOUND[kind]:
+        mine, other = (table[column].cast(pa.float64()).to_numpy() for table in (ours, theirs))
+        if column in ("n", "total"):  # nothing, or the sum of nothing
+            mine, other = np.nan_to_num(mine), np.nan_to_num(other)
+        rough = column in ("total", "mean")
+        assert np.allclose(mine, other, rtol=1e-9 if rough else 0, atol=1e-6 if rough else 0, equal_nan=True), f"{name}, {kind}: other values of {column}"
+
+
+def compare(data: str, folder: str, names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """All contenders over one input, in turn."""
+    write_generated(Path(folder) / "few", 1000)
+    found: dict[str, Any] = {}
+    for kind in FOUND:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        failed: dict[str, str] = {}
+        for number in range(arguments.rounds):
+            for name in names:
+                if name in failed or (number and name == "ray"):  # no matter by how many times
+                    continue
+                run = measured(name, kind, folder, arguments)
+                if "failed" in run:
+                    failed[name] = run["failed"]
+                else:
+                    check(name, kind, folder)
+                    runs[name].append(run)
+                print(f"{data}, {kind}, round {number + 1}: {name:9} {json.dumps(run)}", flush=True)
+        medians = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items() if of}
+        found[kind] = medians | {name: {"failed": why} for name, why in failed.items()}
+        if "headrace" not in medians or not set(medians) & set(SINGLE):
+            continue
+        for what in ("seconds", "core seconds"):
+            fastest = min((name for name in SINGLE if name in medians), key=lambda name: medians[name][what])
+            ratio = statistics.median(a[what] / b[what] for a, b in zip(runs["headrace"], runs[fastest], strict=True))
+            found[kind] |= {f"{what} over the fastest tool": round(ratio, 2), f"fastest tool by {what}": fastest}
+            print(f"{data}, {kind}: headrace takes {ratio:.2f} of the {what} of {fastest}, the fastest tool of one process", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2_000_000, help="of events, and of labels")
-    parser.add_argument("--keys", type=int, default=50_000)
-    parser.add_argument("--calendar", metavar="PATH", help="a calendar instead of generated events")
+    parser.add_argument("--events", type=float, default=5e6, help="how many to generate; 0 for none")
+    parser.add_argument("--no-calendar", action="store_true", help="generated events only")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=FEATURES, default=list(FEATURES))
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json, or features_calendar.json")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--daft-python", help="the python of an environment with Daft")
+    parser.add_argument("--limit-gb", type=float, default=0, help="how much memory each process may have; 0 for what there is")
+    parser.add_argument("--timeout-s", type=int, default=600, help="for one measurement")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    events, labels = calendar(arguments.calendar) if arguments.calendar else generated(arguments.rows, arguments.keys)
-    print(f"{events.num_rows:,} events, {labels.num_rows:,} labels, {len(os.sched_getaffinity(0))} cores")
-    results: dict[str, dict[str, object]] = {}
-    for what in arguments.only:
-        compare(events, labels, what)
-        took_s: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        cores_s: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for _ in range(arguments.rounds):  # in turn, so that a busy moment of the machine meets all alike
-            for name, contender in CONTENDERS.items():
-                started, busy = time.perf_counter(), time.process_time()
-                contender(events, labels, what)
-                took_s[name].append(time.perf_counter() - started)
-                cores_s[name].append(time.process_time() - busy)  # of all threads: what others do on the machine counts less
-        medians = {name: statistics.median(times) for name, times in took_s.items()}
-        over_best = medians["headrace"] / min(medians["duckdb"], medians["polars"])
-        busy_s = {name: statistics.median(times) for name, times in cores_s.items()}
-        results[what] = {name: {"s": round(median, 3), "core s": round(busy_s[name], 3)} for name, median in medians.items()}
-        results[what]["headrace over the best other"] = round(over_best, 2)
-        shown = ", ".join(f"{name} {median:.2f} s ({busy_s[name]:.2f} core-s)" for name, median in medians.items())
-        print(f"{what:9} {shown} -> {over_best:.2f} times the best other", flush=True)
+    if arguments.measure:
+        print(json.dumps(measure(*arguments.measure, arguments.limit_gb)))
+        return
+    names = arguments.contenders.split(",")
+    results: dict[str, Any] = {}
+    if "daft" in names and not arguments.daft_python:
+        names.remove("daft")
+        results["left out"] = "Daft: no --daft-python was given"
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as temporary:
+        if not arguments.no_calendar and CALENDAR.exists():
+            folder = Path(temporary) / "calendar"
+            rows = write_calendar(folder)
+            results[f"calendar, {rows:,} events and labels"] = compare("calendar", str(folder), names, arguments)
+        elif not arguments.no_calendar:
+            results["calendar"] = f"left out: there is no {CALENDAR.name}"
+        if arguments.events:
+            folder = Path(temporary) / "generated"
+            rows = write_generated(folder, int(arguments.events))
+            results[f"generated, {rows:,} events"] = compare("generated", str(folder), names, arguments)
     if arguments.save:
-        machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()}
-        versions = {name: version(name) for name in ("duckdb", "numpy", "polars", "pyarrow")}
-        content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions, "events": events.num_rows, "labels": labels.num_rows}
-        content |= {"rounds": arguments.rounds, "median s": results}
-        name = "features_calendar" if arguments.calendar else "features"
-        (Path(__file__).parent / f"results/{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        machine = {"cores": cores(), "machine": platform.machine(), "python": platform.python_version(), "load": round(os.getloadavg()[0], 1)}
+        versions = {name: version(name) for name in ("numpy", "pyarrow", "polars", "duckdb", "ray")}
+        content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions, "rounds": arguments.rounds}
+        content |= {"limit GB": arguments.limit_gb or None, "results": results}
+        (Path(__file__).parent / "results/features.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

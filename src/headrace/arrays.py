@@ -38,7 +38,9 @@ def conform(array: pa.ChunkedArray, column: ColumnType) -> pa.Array:
     Raises:
         ValueError: a null where none is allowed, or a value that the type cannot hold (pyarrow's own errors are ValueErrors).
     """
-    whole = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    whole = array
+    if isinstance(whole, pa.ChunkedArray):
+        whole = whole.chunk(0) if whole.num_chunks == 1 else whole.combine_chunks()  # which copies a single one, too
     if isinstance(whole, pa.ChunkedArray):  # combine_chunks keeps several chunks beyond 2 GB of text
         raise ValueError(f"{whole.nbytes / 1e9:.1f} GB in one block; lower the block size")
     if pa.types.is_dictionary(whole.type):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from headrace import FeatureView
 from headrace import features as f
+from headrace.features.order import _dense, _hashed, _sorting
 
 HOURS = st.integers(0, 60).map(lambda hours: dt.datetime(2024, 3, 30) + dt.timedelta(hours=hours))
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -154,12 +155,41 @@ def test_the_last_vector_of_an_instant_does_not_depend_on_the_order(events, rand
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=40), st.data())
 def test_sums_of_floats_are_exact_to_the_last_place(numbers, data):
     """Whatever their size, and whatever stands beside the window."""
-    from headrace.features.sums import float_sums
+    from headrace.features.sums import FloatSums
 
     lo = data.draw(st.integers(0, len(numbers)))
     hi = data.draw(st.integers(lo, len(numbers)))
     values = np.array(numbers, np.float64)
-    found = float(float_sums(values, np.array([lo]), np.array([hi]))[0])
+    found = float(FloatSums(values).over(np.array([lo]), np.array([hi]))[0])
     assume(abs(sum(map(oracle.Fraction, numbers[lo:hi]))) < 2**1023)
     assert found == pytest.approx(math.fsum(numbers[lo:hi]), rel=2**-52, abs=0) or found == math.fsum(numbers[lo:hi])
-    assert found.hex() == float(float_sums(values[lo:hi][::-1].copy(), np.array([0]), np.array([hi - lo]))[0]).hex()
+    assert found.hex() == float(FloatSums(values[lo:hi][::-1].copy()).over(np.array([0]), np.array([hi - lo]))[0]).hex()
+
+
+@given(st.lists(st.integers(-(2**62), 2**62) | st.integers(-3, 3), min_size=1, max_size=300), st.integers(0, 2))
+def test_places_sort_numbers_of_any_size(numbers, runs):
+    """Whether they come in runs, at random, or have no room for their places."""
+    numbers = np.array(sorted(numbers) * runs if runs else numbers, np.int64)
+    places = _sorting(numbers)
+    assert (numbers if places is None else numbers[places]).tolist() == sorted(numbers.tolist())
+    assert places is None or sorted(places.tolist()) == list(range(len(numbers)))
+
+
+@given(
+    st.sampled_from([pa.int8(), pa.int64(), pa.uint64()]).flatmap(
+        lambda kind: st.tuples(
+            st.just(kind),
+            *[st.lists(st.none() | st.integers(0, 3) | st.sampled_from([127] if kind == pa.int8() else [2**63 - 1, 2**40]), max_size=20)] * 2,
+        )
+    )
+)
+def test_keys_are_numbered_alike_whichever_way(found):
+    """Looked up in a table or hashed: the same keys get the same number, and nulls and strangers none."""
+    kind, ours, theirs = found
+    label, event = (pa.chunked_array([pa.array(values, kind)]) for values in (ours, theirs))
+    for numbered in filter(None, (_dense(label, event), _hashed(label, event))):
+        here, there, count = numbered
+        numbers = {key: number for key, number in zip(ours, here.tolist(), strict=True) if key is not None}
+        assert sorted(numbers.values()) == list(range(count))
+        assert [numbers.get(key, -1) for key in ours] == here.tolist()
+        assert [numbers.get(key, -1) for key in theirs] == there.tolist()

@@ -12,6 +12,7 @@ a row per key). `FeatureView` says what counts, and when; it and `training_set` 
 
 from headrace.features.aggregates import Feature, count, distinct, last, max, mean, min, quantile, sum
 from headrace.features.asof import as_of, latest, left_out
+from headrace.features.feast import export_feast
 from headrace.features.training import training_set
 from headrace.features.view import FeatureView, schema_of
 
@@ -21,6 +22,7 @@ __all__ = [
     "as_of",
     "count",
     "distinct",
+    "export_feast",
     "last",
     "latest",
     "left_out",

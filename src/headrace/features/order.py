@@ -20,6 +20,7 @@ Flags = npt.NDArray[np.bool_]
 
 _FINEST = ("us", "ns")  # no coarser than durations are
 _LEAST, _MOST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+_LONG_RUN = 256
 _MICROSECOND = dt.timedelta(microseconds=1)
 
 
@@ -58,8 +59,7 @@ class Order:
     def _behind(self, ticks: int) -> Ints:
         if ticks not in self._known:
             spots = self._codes * self._ruler.length + self._ruler.marks(earlier(self.times, ticks))
-            ends = np.searchsorted(self.spots, spots, side="right")
-            self._known[ticks] = np.where(self._codes < 0, 0, ends)
+            self._known[ticks] = np.searchsorted(self.spots, spots, side="right")  # 0 for labels of no key, whose spots are below 0
         return self._known[ticks]
 
     def ticks(self, took: dt.timedelta) -> int:
@@ -98,15 +98,22 @@ class Ruler:
         """For each instant the last mark that is not after it, or -1."""
         if self.every is not None:
             return np.searchsorted(self.every, times, side="right") - 1
+        if not len(times):
+            return times
         last = self.first + (self.length - 1) * self.step
-        within = np.clip(times, self.first, last) - self.first
-        return np.where(times < self.first, -1, within // self.step if self.step > 1 else within)
+        before = times.min() < self.first
+        within = np.clip(times, self.first, last) - self.first if before or times.max() > last else times - self.first
+        if self.step > 1:
+            within //= self.step
+        return np.where(times < self.first, -1, within) if before else within
 
 
 def earlier(times: Ints, by: int) -> Ints:
     """Instants that lie `by` before others, or at the beginning of time."""
     if by > _MOST:
         return np.full_like(times, _LEAST)
+    if not by or times.min(initial=0) >= _LEAST + by:
+        return times - by if by else times
     return np.where(times < _LEAST + by, _LEAST, times - by)
 
 
@@ -121,8 +128,9 @@ def order(labels: Mapping[str, pa.ChunkedArray], events: Mapping[str, pa.Chunked
     event_times, happened = instants(events[time], unit, f"{view}: the events' column {time!r}")
     label_codes, event_codes, keys = _codes([labels[name] for name in key], [events[name] for name in key], key, view)
     label_codes[~dated] = -1
-    rows = np.flatnonzero(happened & (event_codes >= 0))
-    if len(rows) < len(event_codes):
+    counted = happened & (event_codes >= 0)
+    rows = None if counted.all() else np.flatnonzero(counted)
+    if rows is not None:
         event_codes, event_times = event_codes[rows], event_times[rows]
     ruler = Ruler.of(event_times, keys)
     spots = event_codes * ruler.length + ruler.marks(event_times)
@@ -130,8 +138,11 @@ def order(labels: Mapping[str, pa.ChunkedArray], events: Mapping[str, pa.Chunked
     with ThreadPoolExecutor(2) as pool:
         by_spot, by_place = pool.map(_sorting, (spots, places))
     if by_spot is not None:
-        rows, spots, event_codes = rows[by_spot], spots[by_spot], event_codes[by_spot]
+        rows, spots = by_spot if rows is None else rows[by_spot], spots[by_spot]
+    elif rows is None:
+        rows = np.arange(len(spots))
     counts = np.bincount(event_codes, minlength=keys) if keys else np.zeros(0, np.int64)
+    event_codes = np.repeat(np.arange(keys), counts)
     firsts = np.concatenate([np.cumsum(counts) - counts, [0]]).astype(np.int64)  # the last one is that of no key
     by_place = np.arange(len(places)) if by_place is None else by_place
     codes = label_codes[by_place]
@@ -155,24 +166,81 @@ def _unit(types: Sequence[pa.DataType]) -> str:
 
 
 def _sorting(numbers: Ints) -> Ints | None:
-    """The places of the numbers in rising order, or None where they are in it; equal ones come in any order, on which nothing depends."""
-    return None if (numbers[1:] >= numbers[:-1]).all() else np.argsort(numbers)
+    """The places of the numbers in rising order, or None where they are in it; equal ones come in any order, on which nothing depends.
+
+    Rows often come in long runs that rise, as files of sorted rows do; those are merged. Others: numbers are sorted several times as
+    fast as their places are. So each number and its place are put into one that is sorted; where both have no room in 64 bits, the
+    number's lowest bits are left out, and those that are then alike are sorted once more.
+    """
+    falls = np.count_nonzero(numbers[1:] < numbers[:-1])
+    if falls <= len(numbers) // _LONG_RUN:
+        return np.argsort(numbers, kind="stable") if falls else None
+    least = numbers.min()
+    bits = len(numbers).bit_length()
+    cut = max((int(numbers.max()) - int(least)).bit_length() + bits - 64, 0)
+    packed = (numbers - least).view(np.uint64)  # which wraps around to what it should be
+    packed >>= np.uint64(cut)
+    packed <<= np.uint64(bits)
+    packed |= np.arange(len(numbers), dtype=np.uint64)
+    packed.sort()
+    places = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
+    if cut:
+        packed >>= np.uint64(bits)
+        same = packed[1:] == packed[:-1]
+        if same.any():
+            alike = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
+            places[alike] = places[alike][np.argsort(numbers[places[alike]])]
+    return places
 
 
 def _codes(labels: Sequence[pa.ChunkedArray], events: Sequence[pa.ChunkedArray], names: Sequence[str], view: str) -> tuple[Ints, Ints, int]:
     """A number for every key of a label, for labels and events, and how many there are; -1 for a key that is null, or of no label."""
     ours, theirs, known = np.zeros(len(labels[0]), np.int64), np.zeros(len(events[0]), np.int64), 1
-    for name, label, event in zip(names, labels, events, strict=True):
+    for place, (name, label, event) in enumerate(zip(names, labels, events, strict=True)):
         one, other = _alike(label, event, name, view)
-        values = pc.unique(one).drop_null()
-        here, there = (_numbers(column, values) for column in (one, other))
-        ours = np.where((ours < 0) | (here < 0), -1, ours * len(values) + here)
-        theirs = np.where((theirs < 0) | (there < 0), -1, theirs * len(values) + there)
-        known *= len(values)
+        here, there, count = _dense(one, other) or _hashed(one, other)
+        if not place:
+            ours, theirs, known = here, there, count
+            continue
+        ours = np.where((ours < 0) | (here < 0), -1, ours * count + here)
+        theirs = np.where((theirs < 0) | (there < 0), -1, theirs * count + there)
+        known *= count
         if known > 4 * (len(ours) + len(theirs)) + 1024:  # number only those that there are
             seen = np.unique(ours[ours >= 0])
             ours, theirs, known = _among(seen, ours), _among(seen, theirs), len(seen)
     return ours, theirs, known
+
+
+def _dense(label: pa.ChunkedArray, event: pa.ChunkedArray) -> tuple[Ints, Ints, int] | None:
+    """The numbers of whole numbers that lie close together, looked up in a table rather than hashed; None of others."""
+    if not pa.types.is_integer(label.type) or label.null_count == len(label):
+        return None
+    least, most = pc.min_max(label).as_py().values()
+    if least == _LEAST or most > _MOST or most - least > 4 * (len(label) + len(event)) + 1024:
+        return None
+    ours = _whole(label, least - 1, least)
+    seen = np.zeros(most - least + 2, np.int64)
+    seen[ours] = 1
+    seen[-1] = 0  # where a null is looked up, as place -1
+    numbers = np.where(seen, np.cumsum(seen) - 1, -1)
+    try:
+        event = event.cast(pa.int64())
+    except pa.ArrowInvalid:  # beyond 64 bits
+        return None
+    others = _whole(event, least - 1, 0)
+    outside = (others < least) | (others > most)
+    others = np.where(outside, -1, others - least) if outside.any() else others - least
+    return numbers[ours], numbers[others], int(seen.sum())
+
+
+def _whole(column: pa.ChunkedArray, null: int, zero: int) -> Ints:
+    """Whole numbers, less `zero`."""
+    return (column.cast(pa.int64()).fill_null(null) if column.null_count else column.cast(pa.int64())).to_numpy() - zero
+
+
+def _hashed(label: pa.ChunkedArray, event: pa.ChunkedArray) -> tuple[Ints, Ints, int]:
+    values = pc.unique(label).drop_null()
+    return _numbers(label, values), _numbers(event, values), len(values)
 
 
 def _numbers(column: pa.ChunkedArray, values: pa.Array) -> Ints:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -50,8 +52,12 @@ class Reading:
                 yield (worker(rows) if worker else rows).select(self.schema.names).cast(self.schema)
 
     def whole(self) -> pa.Table:
-        """All rows as one table."""
-        return pa.concat_tables([self.schema.empty_table(), *self.tables()])
+        """All rows as one table. Several units are read at a time, but a pipeline's stages, which need not bear it, run in turn."""
+        if self.pipeline is not None:
+            return pa.concat_tables([self.schema.empty_table(), *self.tables()])
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            parts = pool.map(lambda unit: list(self.tables([unit])), self.source.units)
+            return pa.concat_tables([self.schema.empty_table(), *(table for part in parts for table in part)])
 
 
 def read_events(view: FeatureView, *, input: Paths | None = None) -> Reading:

@@ -40,24 +40,32 @@ def whole_sums(values: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Flags]:
     return totals, (top < -_HALF) | (top >= _HALF)
 
 
-def float_sums(values: Floats, lo: Ints, hi: Ints) -> Floats:
-    """The sums of values[lo:hi] for many ranges: within one unit in the last place, independent of the order of values.
+class FloatSums:
+    """Sums over ranges of one array: within one unit in the last place, independent of the order of values.
 
     As in IEEE arithmetic a range with NaN, or with both infinities, is NaN, and one with one of them is that one.
     """
-    finite = np.isfinite(values)
-    if finite.all():
-        return _finite_sums(values, lo, hi)
-    totals = _finite_sums(np.where(finite, values, 0.0), lo, hi)
-    up, down, none = (running(flags) for flags in (values == np.inf, values == -np.inf, np.isnan(values)))
-    has_up, has_down, has_none = (sums[hi] > sums[lo] for sums in (up, down, none))
-    totals[has_up] = np.inf
-    totals[has_down] = -np.inf
-    totals[has_none | (has_up & has_down)] = np.nan
-    return totals
+
+    __slots__ = ("_digits", "_odd")
+
+    def __init__(self, values: Floats) -> None:
+        finite = np.isfinite(values)
+        self._odd = None if finite.all() else [running(flags) for flags in (values == np.inf, values == -np.inf, np.isnan(values))]
+        self._digits = _running_digits(values if self._odd is None else np.where(finite, values, 0.0))
+
+    def over(self, lo: Ints, hi: Ints) -> Floats:
+        """The sums of values[lo:hi] for many ranges."""
+        totals = _put_together({place: sums[hi] - sums[lo] for place, sums in self._digits.items()}, len(lo))
+        if self._odd is not None:
+            has_up, has_down, has_none = (sums[hi] > sums[lo] for sums in self._odd)
+            totals[has_up] = np.inf
+            totals[has_down] = -np.inf
+            totals[has_none | (has_up & has_down)] = np.nan
+        return totals
 
 
-def _finite_sums(values: Floats, lo: Ints, hi: Ints) -> Floats:
+def _running_digits(values: Floats) -> dict[int, Ints]:
+    """The running sums of the values' digits, by their place."""
     digits: dict[int, Ints] = {}
     largest = float(np.abs(values).max(initial=0.0))
     place = min(int(np.frexp(largest)[1]) // _BITS, _TOP)
@@ -65,10 +73,14 @@ def _finite_sums(values: Floats, lo: Ints, hi: Ints) -> Floats:
     while largest and rest.any():
         units = np.trunc(_scaled(rest, -place))
         rest = rest - _scaled(units, place)  # both steps are exact
-        sums = running(units)
-        digits[place] = sums[hi] - sums[lo]
+        digits[place] = running(units)
         place -= 1
-    totals, carry = np.zeros(len(lo)), np.zeros(len(lo), np.int64)
+    return digits
+
+
+def _put_together(digits: dict[int, Ints], count: int) -> Floats:
+    """So many floats from the sums of their digits."""
+    totals, carry = np.zeros(count), np.zeros(count, np.int64)
     place = min(digits, default=_TOP)
     while digits or carry.any():
         digit = digits.pop(place, 0) + carry

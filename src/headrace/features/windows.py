@@ -15,7 +15,7 @@ from headrace.errors import SourceError
 from headrace.features.aggregates import Feature
 from headrace.features.order import Flags, Ints, Order
 from headrace.features.ranges import Values, Wavelet, extremes
-from headrace.features.sums import float_sums, running, whole_sums
+from headrace.features.sums import FloatSums, running, whole_sums
 from headrace.units import plain
 
 
@@ -24,7 +24,9 @@ class Windows:
 
     def __init__(self, column: pa.ChunkedArray, order: Order) -> None:
         self._order = order
-        self._column = column.cast(plain(column.type)) if pa.types.is_dictionary(column.type) else column
+        self._column: pa.ChunkedArray | pa.Array = column.cast(plain(column.type)) if pa.types.is_dictionary(column.type) else column
+        if pa.types.is_primitive(column.type):
+            self._column = in_one(self._column)  # of which values are taken several times as fast
         self._rows = order.rows
         self._spots = order.spots
         self._skipped: Ints | None = None  # before each position, how many events have a value
@@ -45,8 +47,9 @@ class Windows:
         if feature.kind == "distinct":
             return pa.array(self._distinct(lo, hi, there)), np.ones(len(lo), np.bool_)
         if feature.kind == "last":
-            rows = self._newest[np.where(there, hi - 1, 0)] if len(self._rows) else np.zeros(len(lo), np.int64)
-            return in_one(_without_negative_zero(self._column.take(pa.array(rows, mask=~there)))), there
+            if not len(self._rows):
+                return pa.nulls(len(lo), self._column.type), there
+            return in_one(_without_negative_zero(self._column.take(pa.array(self._newest[np.where(there, hi - 1, 0)])))), there
         if feature.kind in ("min", "max"):
             return self._extreme(feature.kind, lo, hi, there), there
         if feature.kind == "sum" and from_arrow(self._column.type).kind == "int":
@@ -57,7 +60,7 @@ class Windows:
         if feature.kind == "quantile":
             assert feature.q is not None
             return pa.array(self._quantile(feature.q, lo, hi, there)), there
-        totals = float_sums(self._floats, lo, hi)
+        totals = self._sums.over(lo, hi)
         return pa.array(totals / np.maximum(hi - lo, 1) if feature.kind == "mean" else totals), there
 
     @cached_property
@@ -80,6 +83,10 @@ class Windows:
     @cached_property
     def _floats(self) -> Values:
         return self._numbers.astype(np.float64, copy=False) + 0.0
+
+    @cached_property
+    def _sums(self) -> FloatSums:
+        return FloatSums(self._floats)
 
     def _extreme(self, kind: str, lo: Ints, hi: Ints, there: Flags) -> pa.Array:
         values, back = self._comparable
