@@ -27,8 +27,11 @@ from headrace.plan import explain, resolve
 from headrace.stage import stage
 
 if TYPE_CHECKING:
+    from headrace import features as features
     from headrace import models
     from headrace.client import Client
+    from headrace.features import FeatureView as FeatureView
+    from headrace.features import training_set as training_set
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
@@ -71,6 +74,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("headrace.client").Client
     if name in ("LLM", "Sampling"):
         return getattr(importlib.import_module("headrace.llms"), name)
-    if name == "models":
-        return importlib.import_module("headrace.models")
+    if name in ("features", "models"):
+        return importlib.import_module(f"headrace.{name}")
+    if name in ("FeatureView", "training_set"):
+        return getattr(importlib.import_module("headrace.features"), name)
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")
