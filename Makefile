@@ -23,6 +23,7 @@ llm-demo: .venv/.ready-llm ## Serve a tiny language model on this CPU, and talk 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
 	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"
 	@sh tools/apt.sh postgresql || echo "tests that need a PostgreSQL will be skipped"
+	@sh tools/apt.sh redis-server || echo "tests that need a Redis will be skipped"
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
 

@@ -8,6 +8,7 @@
     ├── HardwareError          no node has what a stage asks for
     ├── AccountsError          a gateway's database of accounts is missing, damaged or out of reach, or cannot take a change
     ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
+    ├── OnlineStoreError       an online store is missing, damaged or out of reach, or what it holds is not what was asked for
     ├── ServingError           no service of that name runs, or none can be started so
     ├── SourceError            the input cannot be found, read, or used by this pipeline
     ├── OutputError            the output cannot take this run, or belongs to something else
@@ -76,6 +77,10 @@ class ServingError(HeadraceError):
 
 class AccountsError(HeadraceError):
     """A database of accounts is missing, damaged or out of reach, or cannot take what was asked of it."""
+
+
+class OnlineStoreError(HeadraceError):
+    """An online store of features is missing, damaged or out of reach, or cannot take or give what was asked of it."""
 
 
 class KeyFileError(HeadraceError):

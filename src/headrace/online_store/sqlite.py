@@ -1,0 +1,323 @@
+"""An online store in an SQLite file: for one machine, where any number of processes read while one writes.
+
+The file has a write-ahead log, and leaves flushing to its checkpoints (`synchronous=NORMAL`): a process that is killed loses nothing that was
+answered; a machine that loses power may lose the last moments, and never damages the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from headrace.errors import OnlineStoreError
+from headrace.online_store.engine import FORMAT, Generation, Standing
+from headrace.online_store.records import RANK, TIME, coded, instant_us
+from headrace.online_store.views import MARKER
+
+_BUSY_S = 30.0  # how long a change waits for others before it is given up
+_APPLICATION = 0x68726F73  # in the file's head: whose it is
+_MAP_BYTES = 1 << 30  # of the file that are read as memory; reading 100 keys takes half as long as through calls of the system
+_ASKED = 512  # keys in one statement
+_GRAIN = 16  # numbers of keys are rounded up to a multiple, so that few statements are prepared and kept
+_SWEPT = 5000  # rows removed in one change
+_TABLES = """
+CREATE TABLE generations (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, view TEXT NOT NULL, state TEXT NOT NULL, schema BLOB NOT NULL, keys INTEGER NOT NULL,
+    newest BLOB NOT NULL, published INTEGER, writes INTEGER NOT NULL, base INTEGER, base_writes INTEGER
+);
+CREATE UNIQUE INDEX one_current ON generations (view) WHERE state = 'current';
+CREATE UNIQUE INDEX one_begun ON generations (view) WHERE state = 'begun';
+CREATE TABLE feature_values (
+    id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, UNIQUE (generation, key)
+);
+"""
+# The first 16 bytes of a value say how late it is, the next 8 its expiry (records.py). Values lie apart from the index of their keys: beside
+# them, vectors would make it a hundred times as large, and no cache would hold it.
+
+_open: weakref.WeakSet[SqliteEngine] = weakref.WeakSet()
+_watched = False
+
+
+class SqliteEngine:
+    """An `Engine` in a file. Threads take connections from a pool; none is open while the process forks, since SQLite's locks do not pass to a child.
+
+    Args:
+        path: the file.
+        make: whether to make it if it is not there, rather than raise.
+
+    Raises:
+        OnlineStoreError: it is missing, damaged, no store, of a newer release, or cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, make: bool = True) -> None:
+        self.path = Path(path).expanduser()
+        self.name = str(self.path)
+        self._idle: list[sqlite3.Connection] = []
+        self._used = 0
+        self._change = threading.Condition()
+        try:
+            if make:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            elif not self.path.exists():
+                raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish` makes it, or correct the path")
+        except OSError as error:
+            raise OnlineStoreError(f"the online store in {self.name!r} cannot be opened: {error.strerror or error}") from error
+        self._see_to_tables()
+        _watch(self)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with self._change:
+            while self._idle:
+                self._idle.pop().close()
+
+    def views(self) -> list[str]:
+        """See `Engine`."""
+        with self._connection() as connection:
+            return [view for (view,) in connection.execute("SELECT view FROM generations WHERE state = 'current'")]
+
+    def current(self, view: str) -> Generation | None:
+        """See `Engine`."""
+        with self._connection() as connection:
+            return _current(connection, view)
+
+    def make(self, view: str, schema: bytes) -> Generation:
+        """See `Engine`."""
+        with self._changing() as connection:
+            return _current(connection, view) or _insert(connection, view, schema, "current")
+
+    def begin(self, view: str, schema: bytes) -> Generation:
+        """See `Engine`."""
+        with self._changing() as connection:
+            connection.execute("UPDATE generations SET state = 'gone' WHERE view = ? AND state = 'begun'", (view,))
+            generation = _insert(connection, view, schema, "begun")
+            connection.execute(
+                "UPDATE generations SET (base, base_writes) = (SELECT number, writes FROM generations WHERE view = ? AND state = 'current') WHERE number = ?",
+                (view, generation.number),
+            )
+        self._remove_gone()
+        return generation
+
+    def drop(self, generation: Generation) -> None:
+        """See `Engine`."""
+        with self._changing() as connection:
+            connection.execute("UPDATE generations SET state = 'gone' WHERE number = ? AND state = 'begun'", (generation.number,))
+        self._remove_gone()
+
+    def swap(self, generation: Generation) -> bool:
+        """See `Engine`."""
+        with self._changing() as connection:
+            now = connection.execute("SELECT number, writes FROM generations WHERE view = ? AND state = 'current'", (generation.view,)).fetchone()
+            base = connection.execute("SELECT base, base_writes FROM generations WHERE number = ? AND state = 'begun'", (generation.number,)).fetchone()
+            if base is None or base != (now or (None, None)):
+                return False
+            if now is not None:
+                connection.execute("UPDATE generations SET state = 'gone' WHERE number = ?", now[:1])
+                connection.execute("DELETE FROM feature_values WHERE generation = ? AND key = ?", (now[0], MARKER))
+            connection.execute("UPDATE generations SET state = 'current' WHERE number = ?", (generation.number,))
+        self._remove_gone()
+        return True
+
+    def fetch(self, generation: Generation, keys: Sequence[bytes]) -> list[bytes | None] | None:
+        """See `Engine`."""
+        found: dict[bytes, bytes] = {}
+        with self._connection() as connection:
+            for at in range(0, len(keys) or 1, _ASKED - 1):
+                asked = [generation.number, *keys[at : at + _ASKED - 1], MARKER]
+                count = len(asked) - 1
+                if count > _GRAIN and count % _GRAIN:
+                    asked += [MARKER] * (_GRAIN - count % _GRAIN)
+                found.pop(MARKER, None)
+                found.update(connection.execute(_fetching(len(asked) - 1), asked).fetchall())
+                if MARKER not in found:
+                    return None
+        return list(map(found.get, keys))
+
+    def put(self, generation: Generation, keys: Sequence[bytes], values: Sequence[bytes], published_us: int) -> int | None:
+        """See `Engine`."""
+        with self._changing() as connection:
+            there: dict[bytes, bytes] = {}
+            for at in range(0, len(keys), _ASKED):
+                asked = keys[at : at + _ASKED]
+                there.update(connection.execute(f"SELECT key, substr(value, 1, 16) {_of(len(asked))}", [generation.number, *asked]))
+            before, chosen, newer = len(there), {}, 0
+            for key, value in zip(keys, values, strict=True):
+                if there.get(key, b"") <= value[RANK]:
+                    there[key], chosen[key] = value[RANK], value
+                    newer += 1
+            newest = max((value[TIME] for value in chosen.values()), default=b"")
+            told = connection.execute(
+                "UPDATE generations SET keys = keys + ?, newest = max(newest, ?), published = ?, writes = writes + 1 WHERE number = ? AND state != 'gone'",
+                (len(there) - before, newest, published_us, generation.number),
+            )
+            if not told.rowcount:
+                return None
+            connection.executemany(
+                "INSERT INTO feature_values (generation, key, value) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                [(generation.number, key, value) for key, value in chosen.items()],
+            )
+        return newer
+
+    def standing(self, generation: Generation) -> Standing:
+        """See `Engine`."""
+        with self._connection() as connection:
+            row = connection.execute("SELECT newest, published, keys FROM generations WHERE number = ?", (generation.number,)).fetchone()
+        newest, published, keys = row or (b"", None, 0)
+        return Standing(instant_us(newest) if newest else None, published, keys)
+
+    def sweep(self, generation: Generation, before: bytes) -> int:
+        """See `Engine`."""
+        removed = 0
+        while True:
+            with self._changing() as connection:
+                count = connection.execute(
+                    "DELETE FROM feature_values WHERE id IN "
+                    "(SELECT id FROM feature_values WHERE generation = ? AND key != ? AND substr(value, 17, 8) <= ? LIMIT ?)",
+                    (generation.number, MARKER, before, _SWEPT),
+                ).rowcount
+                connection.execute("UPDATE generations SET keys = keys - ? WHERE number = ?", (count, generation.number))
+            removed += count
+            if count < _SWEPT:
+                return removed
+
+    def _remove_gone(self) -> None:
+        """Remove what lies in generations that are gone, a part at a time, and then themselves. Whoever is killed meanwhile leaves it to the next."""
+        while True:
+            with self._changing() as connection:
+                gone = connection.execute("SELECT number FROM generations WHERE state = 'gone' LIMIT 1").fetchone()
+                if gone is None:
+                    return
+                part = "DELETE FROM feature_values WHERE id IN (SELECT id FROM feature_values WHERE generation = ? LIMIT ?)"
+                if not connection.execute(part, (*gone, _SWEPT)).rowcount:
+                    connection.execute("DELETE FROM generations WHERE number = ?", gone)
+
+    def _see_to_tables(self) -> None:
+        """Make the tables in a file that is new, or see that they are those of this release."""
+        with self._connection() as connection:
+            ours = connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION
+            if not ours and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise OnlineStoreError(f"{self.name!r} is a database of something else, and no online store; give a file of its own")
+            format = connection.execute("PRAGMA user_version").fetchone()[0]
+            if format > FORMAT:
+                raise OnlineStoreError(
+                    f"the online store in {self.name!r} was made by a newer headrace (format {format}; this release knows {FORMAT}): install that release"
+                )
+            if ours:
+                return
+            connection.execute("PRAGMA journal_mode = WAL")
+        with self._changing() as connection:
+            if connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION:
+                return  # somebody else was faster
+            for statement in _TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection out of the pool, or a new one. What it raises is told in words, and costs it its place in the pool."""
+        with self._change:
+            connection = self._idle.pop() if self._idle else None
+            self._used += 1
+        sound = False
+        try:
+            connection = connection or self._connect()
+            yield connection
+            sound = True
+        except sqlite3.Error as error:
+            raise self._told(error) from error
+        finally:
+            if connection is not None and not sound:
+                connection.close()  # which undoes what it was about to change
+            with self._change:
+                self._used -= 1
+                if sound and connection is not None:
+                    self._idle.append(connection)
+                self._change.notify_all()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that writes; it is undone when the block raises."""
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA mmap_size = {_MAP_BYTES}")
+        return connection
+
+    def _told(self, error: sqlite3.Error) -> OnlineStoreError:
+        code = getattr(error, "sqlite_errorname", "") or ""
+        why = str(error)
+        if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return OnlineStoreError(f"the online store in {self.name!r} is damaged ({why}); move the file away, and publish again")
+        if code.startswith("SQLITE_FULL"):
+            return OnlineStoreError(f"the disk of the online store in {self.name!r} is full; nothing of the batch was kept. Make room, and publish again")
+        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return OnlineStoreError(f"the online store in {self.name!r} is busy: another program has been writing for {_BUSY_S:g} s")
+        return OnlineStoreError(f"the online store in {self.name!r} cannot be used: {why}")
+
+    def before_fork(self) -> None:
+        """Wait until no thread uses a connection, close all, and let none be opened until `after_fork`."""
+        self._change.acquire()
+        while self._used:
+            self._change.wait()
+        while self._idle:
+            self._idle.pop().close()
+
+    def after_fork(self) -> None:
+        """In both processes: go on."""
+        self._change.release()
+
+
+def _current(connection: sqlite3.Connection, view: str) -> Generation | None:
+    row = connection.execute("SELECT number, schema FROM generations WHERE view = ? AND state = 'current'", (view,)).fetchone()
+    return None if row is None else Generation(view, *row)
+
+
+def _insert(connection: sqlite3.Connection, view: str, schema: bytes, state: str) -> Generation:
+    fresh = "INSERT INTO generations (view, state, schema, keys, newest, writes) VALUES (?, ?, ?, 0, x'', 0)"
+    number = connection.execute(fresh, (view, state, schema)).lastrowid
+    assert number is not None
+    connection.execute("INSERT INTO feature_values (generation, key, value) VALUES (?, ?, ?)", (number, MARKER, coded(0)))
+    return Generation(view, number, schema)
+
+
+def _of(keys: int) -> str:
+    return f"FROM feature_values WHERE generation = ? AND key IN ({','.join('?' * keys)})"
+
+
+def _fetching(keys: int) -> str:
+    return f"SELECT key, value {_of(keys)}"
+
+
+def _watch(engine: SqliteEngine) -> None:
+    """Have the engine's connections closed before this process forks."""
+    global _watched  # noqa: PLW0603 - the hooks can be set once only, and never be taken back
+    _open.add(engine)
+    if not _watched:
+        _watched = True
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+_held: list[SqliteEngine] = []  # between the hooks: those that are open may change meanwhile
+
+
+def _before_fork() -> None:
+    _held[:] = list(_open)
+    for engine in _held:
+        engine.before_fork()
+
+
+def _after_fork() -> None:
+    for engine in _held:
+        engine.after_fork()
+    _held.clear()
