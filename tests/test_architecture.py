@@ -21,7 +21,7 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 RING_0 = ("hardware", "columns", "batching", "stage", "pipeline", "plan")  # errors and events are lists of words beside it
-MODULE_LINES, RING_0_LINES, PARAMETERS, PUBLIC_NAMES = 400, 1200, 8, 20
+MODULE_LINES, RING_0_LINES, PARAMETERS, PUBLIC_NAMES = 400, 1200, 8, 28
 IMPORT_S = 0.3
 
 HOMES = {

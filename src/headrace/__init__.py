@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
+    from headrace.on_ray.train import train
+    from headrace.training import Training
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Output",
     "Pipeline",
     "Sampling",
+    "Training",
     "Vector",
     "cpu",
     "explain",
@@ -58,6 +61,7 @@ __all__ = [
     "serve",
     "stage",
     "tokens",
+    "train",
 ]
 
 
@@ -70,6 +74,12 @@ def __getattr__(name: str) -> Any:
         from headrace.on_ray.serve import serve
 
         return serve
+    if name == "train":
+        from headrace.on_ray.train import train
+
+        return train
+    if name == "Training":
+        return importlib.import_module("headrace.training").Training
     if name == "Client":
         return importlib.import_module("headrace.client").Client
     if name in ("LLM", "Sampling"):

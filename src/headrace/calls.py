@@ -36,7 +36,7 @@ def set_up(stage: Stage, device: str) -> tuple[Stage, str]:
         return stage, ""
     call, note = dataclasses.replace(stage.call), None  # type: ignore[type-var]
     if hasattr(call, "setup"):
-        with _user_code(stage, "setup failed"):
+        with _user_code(f"stage {stage.name!r}", stage.name, "setup failed"):
             note = call.setup(device)
     return dataclasses.replace(stage, call=call), note if isinstance(note, str) else ""
 
@@ -56,7 +56,7 @@ def whole(array: pa.ChunkedArray) -> pa.Array:
 
 def call(stage: Stage, inputs: dict[str, Any]) -> Any:
     """What the stage returns, as it returns it."""
-    with _user_code(stage, "raised"):
+    with _user_code(f"stage {stage.name!r}", stage.name, "raised"):
         return stage.call(**inputs)
 
 
@@ -65,10 +65,16 @@ def call_when_ready(stage: Stage, inputs: Future[dict[str, Any]]) -> Any:
     return call(stage, inputs.result())
 
 
+def run_loop(name: str, loop: Callable[..., Any], *given: Any) -> None:
+    """Call the loop of a training; what it raises is a StageError that bears the training's name."""
+    with _user_code(f"the loop of training {name!r}", name, "raised"):
+        loop(*given)
+
+
 async def written(stage: Stage, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
     """The pieces of what the stage writes of a row, as it writes them."""
     async with aclosing(pieces) as texts:  # type: ignore[type-var]
-        with _user_code(stage, "raised"):
+        with _user_code(f"stage {stage.name!r}", stage.name, "raised"):
             async for text in texts:
                 yield text
 
@@ -121,7 +127,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 @contextlib.contextmanager
-def _user_code(stage: Stage, what: str) -> Iterator[None]:
+def _user_code(who: str, name: str, what: str) -> Iterator[None]:
     """Turn whatever the user's code raises into a StageError that shows the user's own frames."""
     try:
         yield
@@ -132,7 +138,7 @@ def _user_code(stage: Stage, what: str) -> Iterator[None]:
             raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(_HERE)]
         lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-        raise StageError(f"stage {stage.name!r} {what}: {type(error).__name__}: {error}", stage.name, "".join(lines)) from error
+        raise StageError(f"{who} {what}: {type(error).__name__}: {error}", name, "".join(lines)) from error
 
 
 def out_of_memory(error: BaseException | None) -> bool:

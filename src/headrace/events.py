@@ -161,6 +161,49 @@ class FileWritten(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkersStarted(Event):
+    """The workers of a training began, or began again: how many, and from which step."""
+
+    workers: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDone(Event):
+    """A worker of a training came to `step`. Since it last said so it took `rows`, in `span_s`, of which it waited for them `wait_s`."""
+
+    worker: int
+    step: int
+    rows: int
+    wait_s: float
+    span_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsReported(Event):
+    """What a training's loop reported: steps, and at each of them pairs of name and value."""
+
+    steps: tuple[int, ...]
+    values: tuple[tuple[tuple[str, float], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(Event):
+    """A training was saved at `step`, for which its loop was kept waiting `busy_s`; `done` if the loop had ended."""
+
+    step: int
+    busy_s: float
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFailed(Event):
+    """Rows that a training left out because a stage failed on them: pairs of a cause and how many."""
+
+    causes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """A run ended with all rows accounted for: `rows_in` of the input are `rows_out` of the output and `dead` dead letters."""
 

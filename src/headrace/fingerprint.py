@@ -20,9 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from headrace.batching import Rows
 from headrace.errors import ChangedError
 from headrace.pipeline import Pipeline
 from headrace.stage import Stage
+from headrace.training import Training
 
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = str(Path(__file__).parent)
@@ -78,6 +80,20 @@ def facts(pipeline: Pipeline, request: Mapping[str, Any], columns: Mapping[str, 
     for module in sorted(modules.values(), key=lambda module: module.__name__):
         name = f"code of {Path(str(module.__file__)).name}"
         found[name] = found.get(name, "") + _code(str(module.__file__))  # several packages have an __init__.py
+    return found
+
+
+def loop_facts(training: Training) -> dict[str, str]:
+    """The facts of a training's own: its settings, and the code of its loop with the user's own modules that this imports."""
+    found = {f"setting {name}": repr(value) for name, value in training.values.items()}
+    found |= {f"version of {name}": version for name, value in training.values.items() if (version := _version(value))}
+    loop = Stage(name=training.name, call=training.loop, reads={}, writes={}, on=(), batch=Rows(1), replicas=(1, None))
+    modules = {module.__name__: module for module in _modules(loop)}
+    if not modules and (code := _typed_in(training.loop)):
+        found["code of the loop"] = code
+    for module in sorted(modules.values(), key=lambda module: module.__name__):
+        name = f"code of {Path(str(module.__file__)).name}"
+        found[name] = found.get(name, "") + _code(str(module.__file__))
     return found
 
 

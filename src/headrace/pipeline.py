@@ -47,6 +47,13 @@ class Pipeline:
             )
         self.outputs: Mapping[str, ColumnType] = MappingProxyType({column: written[column] for column in outputs or written})
 
+    @staticmethod
+    def without_stages(name: str) -> Pipeline:
+        """A pipeline that lets rows pass as they are: what a training without preparation reads through."""
+        bare = object.__new__(Pipeline)
+        bare.name, bare.stages, bare.inputs, bare.outputs = name, (), MappingProxyType({}), MappingProxyType({})
+        return bare
+
     def stage(self, name: str) -> Stage:
         """The stage of that name; `SettingError` with the nearest name when there is none."""
         for stage in self.stages:

@@ -6,6 +6,7 @@ from headrace import events
 from headrace.events import (
     BlockDone,
     BudgetHalved,
+    CheckpointSaved,
     Committed,
     EngineSampled,
     Event,
@@ -13,13 +14,17 @@ from headrace.events import (
     GroupPlanned,
     GroupSampled,
     MachinesSeen,
+    MetricsReported,
     ProcessDied,
     ReplicaReady,
+    RowsFailed,
     RunFailed,
     RunFinished,
     RunStarted,
+    StepsDone,
     UnitLost,
     UnitRead,
+    WorkersStarted,
 )
 
 ALL = [
@@ -39,6 +44,11 @@ ALL = [
     Committed(98, 2, (("ValueError in embed", 1), ("ProcessDied in embed", 1)), at_s=6.5),
     RunFinished(100, 98, 2, 9.5, at_s=7.0),
     RunFailed("StorageError", "the disk is full", at_s=7.0),
+    WorkersStarted(2, 100, at_s=8.0),
+    StepsDone(1, 150, 3200, 0.25, 5.0, at_s=9.0),
+    MetricsReported((149, 150), ((("loss", 0.5),), (("loss", 0.25), ("accuracy", 0.75))), at_s=9.0),
+    CheckpointSaved(150, 0.125, True, at_s=9.5),
+    RowsFailed((("ValueError in clean", 3),), at_s=9.5),
 ]
 
 

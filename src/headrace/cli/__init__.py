@@ -33,6 +33,7 @@ from headrace.cli.runs import runs
 from headrace.cli.serve import serve
 from headrace.cli.stop import stop
 from headrace.cli.top import top
+from headrace.cli.train import train
 from headrace.errors import HeadraceError, StageError, StoppedError
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(train)
 app.command()(serve)
 app.command()(llm)
 app.command()(promote)

@@ -1,4 +1,4 @@
-"""From `FILE` or `FILE::name` to a pipeline."""
+"""From `FILE` or `FILE::name` to a pipeline or a training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from headrace.errors import HeadraceError, PipelineFileError, listing, nearest
 from headrace.pipeline import Pipeline
+from headrace.training import Training
+
+T = TypeVar("T", Pipeline, Training)
 
 
 def load(target: str) -> Pipeline:
@@ -19,6 +23,15 @@ def load(target: str) -> Pipeline:
     Raises:
         PipelineFileError: no such file, it does not run, or it does not hold exactly the pipeline asked for.
     """
+    return _load(target, Pipeline, "pipeline", "reviews = hr.Pipeline('reviews', clean)")
+
+
+def load_training(target: str) -> Training:
+    """The training that a file defines, likewise."""
+    return _load(target, Training, "training", "prices = hr.Training('prices', fit)")
+
+
+def _load(target: str, kind: type[T], noun: str, example: str) -> T:
     file, _, wanted = target.partition("::")
     path = Path(file)
     if not path.is_file():
@@ -26,15 +39,15 @@ def load(target: str) -> Pipeline:
         hint = f"; did you mean {single[0]}::{single[2]}?" if single[0] and Path(single[0]).is_file() else ""
         raise PipelineFileError(f"no file {file!r}" + (hint or _neighbours(path)))
     module = _import(path.resolve())
-    found = {name: value for name, value in vars(module).items() if isinstance(value, Pipeline)}
+    found = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
     if wanted:
-        named = {pipeline.name: pipeline for pipeline in found.values()} | found
+        named = {one.name: one for one in found.values()} | found
         if wanted not in named:
-            raise PipelineFileError(f"{file} has no pipeline {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
+            raise PipelineFileError(f"{file} has no {noun} {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
         return named[wanted]
-    if len({id(pipeline) for pipeline in found.values()}) != 1:
-        fix = f"say which: {file}::{next(iter(found))}" if found else "define one, such as reviews = hr.Pipeline('reviews', clean)"
-        raise PipelineFileError(f"{file} has {len(found) or 'no'} pipelines" + (f", {listing(found)}" if found else "") + f"; {fix}")
+    if len({id(one) for one in found.values()}) != 1:
+        fix = f"say which: {file}::{next(iter(found))}" if found else f"define one, such as {example}"
+        raise PipelineFileError(f"{file} has {len(found) or 'no'} {noun}s" + (f", {listing(found)}" if found else "") + f"; {fix}")
     return next(iter(found.values()))
 
 

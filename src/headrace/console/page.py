@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import datetime as dt
 import html
-import importlib.resources
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from headrace.advice import bottleneck
 from headrace.console.charts import Curve, bar, percent, plot, stack
+from headrace.console.html import document, safe, text
 from headrace.cost import Cost, money
 from headrace.ledger import LETTERS
 from headrace.report import GroupReport, Report, count, duration, rate, size
 
 _CARDS, _ROWS, _LINES = 12, 100, 50  # groups drawn, rows of a table, lines of a list; a page stays one that a browser opens
-_LONGEST = 600  # characters of a name or a message
 _PLAN = 20_000  # characters of a plan
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Control characters, those that turn the writing direction among them, and what is no character."""
 _PARTS = (("computing", "computing"), ("starved", "waiting for input"), ("blocked", "waiting for what comes after"), ("between", "between blocks"))
 _KINDS = {"reader": "reads the input", "tasks": "functions, in tasks", "model": "kept in memory", "writer": "writes the output"}
 
@@ -33,11 +28,10 @@ _KINDS = {"reader": "reads the input", "tasks": "functions, in tasks", "model": 
 def page(report: Report, *, plan: str = "") -> str:
     """The page as HTML. `plan` is the text of `plan.explain`."""
     name = report.pipeline or "a run"
-    style = importlib.resources.files("headrace.console").joinpath("page.css").read_text(encoding="utf-8")
     said = bottleneck(report)
     body = [
         *_head(report, name),
-        f'<p class="said"><strong>What held it back:</strong> {_safe(said)}.</p>' if said else "",
+        f'<p class="said"><strong>What held it back:</strong> {safe(said)}.</p>' if said else "",
         *_over_time(report),
         *_groups(report),
         *_failures(report),
@@ -45,51 +39,21 @@ def page(report: Report, *, plan: str = "") -> str:
         *_plan(plan),
         *_footer(report),
     ]
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        '<link rel="icon" href="data:,">',
-        f"<title>{_text(name)}: {_text(report.state)}</title>",
-        f"<style>\n{style}</style>",
-        "</head>",
-        f'<body class="{_text(report.state)}">',
-        "<main>",
-        *(line for line in body if line),
-        "</main>",
-        "</body>",
-        "</html>",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _text(text: str, *, most: int = _LONGEST) -> str:
-    """Text that somebody else wrote, fit for HTML, attributes included; it cannot turn the direction of what stands beside it for good."""
-    text = _UNPRINTABLE.sub("\ufffd", text)
-    return html.escape(text if len(text) <= most else text[: most - 1] + "…")
-
-
-def _safe(text: str) -> str:
-    """The same, set apart, so that a name in a script that is written from right to left leaves its surroundings in order."""
-    return f"<bdi>{_text(text)}</bdi>"
+    return document(name, report.state, body)
 
 
 def _head(report: Report, name: str) -> list[str]:
     started = dt.datetime.fromtimestamp(report.started_s, dt.UTC).strftime("%Y-%m-%d %H:%M UTC") if 0 < report.started_s < 1e11 else ""
-    when = ", ".join(filter(None, [f"began {started}" if started else "", f"run {_safe(report.run)}" if report.run else ""]))
+    when = ", ".join(filter(None, [f"began {started}" if started else "", f"run {safe(report.run)}" if report.run else ""]))
     lines = [
         "<header>",
-        f"<h1>{_safe(name)}</h1>",
-        f'<p class="outcome"><span class="badge">{_text(report.state)}</span>{_outcome(report)}</p>',
-        f'<p class="soft">Output: {_safe(report.output)}{f"; {when}" if when else ""}</p>',
+        f"<h1>{safe(name)}</h1>",
+        f'<p class="outcome"><span class="badge">{text(report.state)}</span>{_outcome(report)}</p>',
+        f'<p class="soft">Output: {safe(report.output)}{f"; {when}" if when else ""}</p>',
         "</header>",
     ]
     if report.error:
-        lines.insert(3, f'<p class="error">{_safe(report.error)}</p>')
+        lines.insert(3, f'<p class="error">{safe(report.error)}</p>')
     if report.state in ("failed", "stopped"):
         lines.insert(-1, '<p class="soft">What was committed stays: the same command goes on from there.</p>')
     return [*lines, *_figures(report)]
@@ -181,12 +145,12 @@ def _card(group: GroupReport, report: Report) -> list[str]:
         if group.cpus
         else ""
     )
-    facts = [_KINDS.get(group.kind, _text(group.kind)), f"{needs} each" if needs else "", f"{count(group.rows, 'row')}, {rate(group.rows_per_s)} rows/s"]
+    facts = [_KINDS.get(group.kind, text(group.kind)), f"{needs} each" if needs else "", f"{count(group.rows, 'row')}, {rate(group.rows_per_s)} rows/s"]
     if model:
         facts += [count(group.replicas, "replica"), f"ready after {duration(group.setup_s)}" if group.replicas else "none was ever ready"]
-    facts += [f"batches of {_safe(', '.join(group.rules))}" if group.rules and model else "", f"{percent(group.padding)} padding" if group.padding else ""]
-    lines = ['<section class="group">', f"<h3>{_safe(group.name)}</h3>", f"<p>{'; '.join(filter(None, facts))}</p>"]
-    lines += [f"<p>{_safe(note)}</p>" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
+    facts += [f"batches of {safe(', '.join(group.rules))}" if group.rules and model else "", f"{percent(group.padding)} padding" if group.padding else ""]
+    lines = ['<section class="group">', f"<h3>{safe(group.name)}</h3>", f"<p>{'; '.join(filter(None, facts))}</p>"]
+    lines += [f"<p>{safe(note)}</p>" for note in (*group.notes, *([str(group.engine)] if group.engine else []))]
     if group.shares is not None:
         lines.append(stack([(kind, label, getattr(group.shares, kind)) for kind, label in _PARTS]))
     curves = [
@@ -210,7 +174,7 @@ def _card(group: GroupReport, report: Report) -> list[str]:
 
 def _plain(name: str) -> str:
     """A name for an attribute, which is escaped where it is put."""
-    return html.unescape(_text(name))
+    return html.unescape(text(name))
 
 
 def _table_of(groups: Sequence[GroupReport]) -> list[str]:
@@ -221,7 +185,7 @@ def _table_of(groups: Sequence[GroupReport]) -> list[str]:
         shares = [percent(getattr(group.shares, kind)) if group.shares else "" for kind, _ in _PARTS]
         kept = (str(group.replicas), duration(group.setup_s)) if group.kind == "model" else ("", "")
         padding = percent(group.padding) if group.padding else ""
-        rows.append((_safe(group.name), f"{group.rows:,}", rate(group.rows_per_s), duration(group.busy_s), *kept, *shares, padding))
+        rows.append((safe(group.name), f"{group.rows:,}", rate(group.rows_per_s), duration(group.busy_s), *kept, *shares, padding))
     table = _table(heads, rows, caption="All groups in figures. Busy adds up over replicas and tasks; set-up is the longest.", wide=True)
     left = len(groups) - len(rows)
     return [*table, f'<p class="soft">{_more(left, "group")} in report.json.</p>' if left else ""]
@@ -230,13 +194,13 @@ def _table_of(groups: Sequence[GroupReport]) -> list[str]:
 def _failures(report: Report) -> list[str]:
     lines = ["<h2>What failed</h2>"]
     if report.error:
-        lines.append(f'<p>The run itself: <span class="error">{_safe(report.error)}</span></p>')
+        lines.append(f'<p>The run itself: <span class="error">{safe(report.error)}</span></p>')
     if report.dead_letters:
-        lines.append(f"<p>{count(report.dead_letters, 'dead letter')} in <code>{_text(report.output.rstrip('/'))}/{LETTERS}</code>.</p>")
+        lines.append(f"<p>{count(report.dead_letters, 'dead letter')} in <code>{text(report.output.rstrip('/'))}/{LETTERS}</code>.</p>")
     if report.causes:
         causes = sorted(report.causes.items(), key=lambda item: -item[1])
         total = max(1, sum(report.causes.values()))
-        rows = [(_safe(cause), f"{number:,}", bar(number / total)) for cause, number in causes[:_LINES]]
+        rows = [(safe(cause), f"{number:,}", bar(number / total)) for cause, number in causes[:_LINES]]
         lines += _table(("Cause", "n Rows", "Share"), rows, caption="Dead letters of this run by cause")
         if left := len(causes) - len(rows):
             lines.append(f'<p class="soft">{_more(left, "cause")} in report.json.</p>')
@@ -249,7 +213,7 @@ def _failures(report: Report) -> list[str]:
     if others:
         lines += ["<h3>Mended on the way</h3>", *_list(others, "line")]
     if report.dead_letters or report.unreadable:
-        lines.append(f'<p class="soft">When the cause is mended: <code>headrace replay {_text(shlex.quote(report.output))}</code></p>')
+        lines.append(f'<p class="soft">When the cause is mended: <code>headrace replay {text(shlex.quote(report.output))}</code></p>')
     return lines if len(lines) > 1 else [*lines, '<p class="good">Nothing: no dead letters, no unreadable files, no process died.</p>']
 
 
@@ -267,7 +231,7 @@ def _money(cost: Cost | None, per_tokens: float | None) -> list[str]:
         lines.append(stack([("computing", "at work", cost.busy), ("rest", f"idle hardware{idle},", cost.idle)]))
     if cost.charges:
         rows = [
-            (_safe(one.what), f"{one.machines:,}", f"{one.hours:,.2f}", f"{one.price.usd_per_hour:.6g}", money(one.usd), _safe(one.price.basis))
+            (safe(one.what), f"{one.machines:,}", f"{one.hours:,.2f}", f"{one.price.usd_per_hour:.6g}", money(one.usd), safe(one.price.basis))
             for one in cost.charges[:_LINES]
         ]
         lines += _table(("Machines", "n Number", "n Hours", "n USD/h", "n Sum", "Price from"), rows, caption="Machine-time and its prices", wide=True)
@@ -276,7 +240,7 @@ def _money(cost: Cost | None, per_tokens: float | None) -> list[str]:
     if cost.unpriced:
         kinds = sorted({machine.what for machine in cost.unpriced})
         named = ", ".join(kinds[:_CARDS]) + (f" and {len(kinds) - _CARDS:,} more kinds" if len(kinds) > _CARDS else "")
-        whose = f"{len(cost.unpriced):,} of the machines ({_safe(named)}), there for {cost.unpriced_hours:,.2f} hours"
+        whose = f"{len(cost.unpriced):,} of the machines ({safe(named)}), there for {cost.unpriced_hours:,.2f} hours"
         lines.append(
             f'<p>No price is set for {whose}. Name one with <code class="flag">--price</code>, such as <code class="flag">--price cpu=0.04</code>.</p>'
         )
@@ -286,18 +250,18 @@ def _money(cost: Cost | None, per_tokens: float | None) -> list[str]:
 def _plan(plan: str) -> list[str]:
     if not plan.strip():
         return []
-    return ["<h2>The plan</h2>", f'<pre tabindex="0" aria-label="The plan">{_text(plan.rstrip(), most=_PLAN)}</pre>']
+    return ["<h2>The plan</h2>", f'<pre tabindex="0" aria-label="The plan">{text(plan.rstrip(), most=_PLAN)}</pre>']
 
 
 def _footer(report: Report) -> list[str]:
-    made = ", ".join(f"{_safe(name)} {_safe(version)}" for name, version in list(report.versions.items())[:_LINES])
+    made = ", ".join(f"{safe(name)} {safe(version)}" for name, version in list(report.versions.items())[:_LINES])
     more = "The same as data: report.json, and every event in events-*.jsonl, beside this page."
     return [f"<footer>{f'Made with {made}. ' if made else ''}{more}</footer>"]
 
 
 def _list(lines: Sequence[str], noun: str) -> list[str]:
     """At most so many lines; the rest is counted."""
-    shown = [f"<li>{_safe(line)}</li>" for line in lines[:_LINES]]
+    shown = [f"<li>{safe(line)}</li>" for line in lines[:_LINES]]
     left = len(lines) - len(shown)
     return ['<ul class="plain">', *shown, "</ul>", f'<p class="soft">{_more(left, noun)} in report.json.</p>' if left else ""]
 

@@ -17,7 +17,7 @@ import ray
 from headrace import __version__, fingerprint, ledger, letters, resume, sinks
 from headrace.columns import ANY, ColumnType
 from headrace.cost import Prices
-from headrace.errors import HeadraceError, LedgerError, OutputError, RunError, SettingError, StageError, StorageError, listing
+from headrace.errors import LedgerError, OutputError, RunError, SettingError, StageError, StorageError, listing
 from headrace.events import Event, RunFinished, RunStarted
 from headrace.formats import Input, Output
 from headrace.hardware import Cluster
@@ -30,6 +30,7 @@ from headrace.on_ray.cluster import connected
 from headrace.on_ray.commits import Driver, inputs_for, told_to_stop
 from headrace.on_ray.machines import machines
 from headrace.on_ray.operators import EventLog
+from headrace.on_ray.translation import translated
 from headrace.pipeline import Pipeline
 from headrace.plan import Plan, resolve
 from headrace.record import Record
@@ -280,23 +281,9 @@ def _execute(plan: Plan, source: Source, units: Sequence[Unit], todo: Todo, driv
             with compat.DataContext.current(compat.context(compat.DataContext.get_current())):
                 settled = driver.run(lower(plan, source, todo=todo, log=driver.log))
         except (ray.exceptions.RayError, compat.ExecutionTimeoutError) as error:  # the latter after half an hour without progress
-            raise _translated(error) from error
+            raise translated(error) from error
         left = resume.todo(driver.ledger.state, units)
         todo = [(unit, rows) for unit, rows in left if unit.id not in driver.lost] if settled else []
-
-
-def _translated(error: BaseException) -> HeadraceError:
-    """The HeadraceError that a worker raised, dug out of Ray's wrapping; else a RunError that says what was raised."""
-    seen: BaseException | None = error
-    innermost = error
-    while seen is not None:
-        if not isinstance(seen, ray.exceptions.RayError):  # Ray's wrapper of an error is of both kinds, and prints its own frames
-            if isinstance(seen, HeadraceError):
-                return seen
-            innermost = seen
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
-    first = str(innermost).strip().splitlines()
-    return RunError(f"Ray stopped the run: {type(innermost).__name__}: {first[0] if first else 'no message'}")
 
 
 def _schema(columns: Mapping[str, ColumnType], source: Source) -> pa.Schema:

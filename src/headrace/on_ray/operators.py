@@ -43,6 +43,7 @@ class EventLog:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.begun: Counter[str] = Counter()
+        self.stopped = False
 
     def add(self, *events: Event) -> None:
         """Append."""
@@ -64,6 +65,14 @@ class EventLog:
     def leave(self, key: str) -> None:
         """Note that the work `key` has ended, well or with an error."""
         self.begun.pop(key, None)
+
+    def stop(self) -> None:
+        """Note that the run is to stop; for workers that ask."""
+        self.stopped = True
+
+    def told_to_stop(self) -> bool:
+        """Whether the run is to stop."""
+        return self.stopped
 
 
 class Journal:
@@ -123,7 +132,8 @@ def pack(todo: Todo, block_rows: int) -> list[pa.Table]:
         place = (unit.paths, unit.row_group)
         known = None not in (unit.rows, rows[-1][1])
         count = sum(stop - start for start, stop in rows if stop is not None)
-        if place == last and unit.row_group is not None:
+        follows = last is not None and place == (last.paths, last.row_group) and unit.start > last.start  # the same again is the next epoch of a training
+        if follows and unit.row_group is not None:
             tasks[-1][-1].append((unit, rows))
         elif tasks and known and count <= room:
             tasks[-1].append([(unit, rows)])
@@ -131,7 +141,7 @@ def pack(todo: Todo, block_rows: int) -> list[pa.Table]:
             tasks.append([[(unit, rows)]])
             room = block_rows
         room = room - count if known else 0
-        last = place
+        last = unit
     return [pa.table({"scans": pa.array([pickle.dumps(task)], pa.binary())}) for task in tasks]
 
 
