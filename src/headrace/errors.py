@@ -7,6 +7,7 @@
     │   └── PipelineFileError  the pipeline file cannot be loaded, or names no pipeline
     ├── HardwareError          no node has what a stage asks for
     ├── AccountsError          a gateway's database of accounts is missing, damaged or out of reach, or cannot take a change
+    ├── RegistryError          a registry of models is missing or out of reach, has no such model, or cannot take a change
     ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
     ├── OnlineStoreError       an online store is missing, damaged or out of reach, or what it holds is not what was asked for
     ├── ServingError           no service of that name runs, or none can be started so
@@ -20,6 +21,7 @@
     │   └── ContractError      a stage returned something other than it declared
     ├── RunError               the engine failed, or rows are missing at the end
     │   ├── DeadLetterError    more rows failed than --max-dead-letters allows
+    │   ├── GateError          a version of a model does not pass what is asked of it before an alias names it
     │   ├── DeployError        a version of a service did not take over
     │   ├── EngineLostError    an engine that a stage stands on died or hangs; no row is to blame
     │   ├── ParityError        two ways of running a pipeline give different values for the same rows
@@ -81,6 +83,10 @@ class AccountsError(HeadraceError):
 
 class OnlineStoreError(HeadraceError):
     """An online store of features is missing, damaged or out of reach, or cannot take or give what was asked of it."""
+
+
+class RegistryError(HeadraceError):
+    """A registry of models is missing or out of reach, has no such model, or cannot take what was asked of it."""
 
 
 class KeyFileError(HeadraceError):
@@ -152,6 +158,10 @@ class DeadLetterError(RunError):
 
 class DeployError(RunError):
     """A version of a service did not take over; the one before it answers as it did."""
+
+
+class GateError(RunError):
+    """A version of a model does not pass what is asked of it before an alias names it; the alias stays where it is."""
 
 
 class EngineLostError(RunError):

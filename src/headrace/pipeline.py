@@ -77,13 +77,19 @@ class Pipeline:
         return pipeline
 
     def pinned(self) -> Pipeline:
-        """The same pipeline, where models that are named by aliases in a registry are named by the versions that they mean now.
+        """The same pipeline, where settings that name models of a registry by aliases, `models:/name@alias`, name the versions that these mean now.
 
         Batch jobs and services do this at their beginning: all of their replicas have the same versions, whatever becomes of an alias.
+
+        Raises:
+            SettingError: the registry is out of reach, or holds no such model, alias or version.
         """
+        from headrace.registry import pinned  # which stands on pipelines, too: imported late, for the sake of this one method
+
         pipeline = self
         for stage in self.stages:
-            pipeline = pipeline.replace(stage.pinned())
+            if now := pinned(stage.settings, f"stage {stage.name!r}"):
+                pipeline = pipeline.replace(stage.with_settings(now))
         return pipeline
 
     def kept(self, keep: Sequence[str]) -> dict[str, ColumnType]:

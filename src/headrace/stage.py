@@ -72,14 +72,6 @@ class Stage:
             )
         return dataclasses.replace(self, call=call)
 
-    def pinned(self) -> Stage:
-        """The same stage with settings that name what may move, such as an alias in a model registry, set to what they name now.
-
-        Only the stage itself knows: its object's `pinned_settings()` returns them.
-        """
-        now: Mapping[str, Any] = getattr(self.call, "pinned_settings", dict)()
-        return self.with_settings(now) if now else self
-
     @staticmethod
     def of(step: Any) -> Stage:
         """The stage behind a decorated function or an instance of a decorated class.

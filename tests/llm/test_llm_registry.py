@@ -11,8 +11,6 @@ from conftest import ENGINE
 
 import headrace as hr
 
-pytest.importorskip("mlflow", reason="mlflow is not installed (CONTRIBUTING.md says how)")
-
 
 def test_a_model_by_its_alias_says_what_its_folder_says(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def said(model: str, *, name: str) -> list[dict[str, Any]]:

@@ -312,12 +312,13 @@ def test_curl(talk: Endpoint, key: str, client: openai.OpenAI):
 
 
 def test_langchain(talk: Endpoint, key: str, client: openai.OpenAI):
-    chats = pytest.importorskip("langchain_openai")
-    model = chats.ChatOpenAI(base_url=talk.base, api_key=key, model="tiny", temperature=0, max_tokens=WORDS, max_retries=0)
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(base_url=talk.base, api_key=key, model="tiny", temperature=0, max_tokens=WORDS, max_retries=0)
     assert model.invoke("Say: hello").content == text(chat(client)) == "".join(str(chunk.content) for chunk in model.stream("Say: hello"))
     assert model.invoke("Say: hello").usage_metadata["output_tokens"] <= WORDS
     assert len(model.batch(["a", "b", "c"])) == 3
-    longer = chats.ChatOpenAI(base_url=talk.base, api_key=key, model="tiny", temperature=0, max_tokens=100, max_retries=0)
+    longer = ChatOpenAI(base_url=talk.base, api_key=key, model="tiny", temperature=0, max_tokens=100, max_retries=0)
     assert isinstance(longer.with_structured_output(Verdict).invoke("How was it?"), Verdict)
     assert isinstance(longer.with_structured_output(Verdict, method="function_calling").invoke("How was it?"), Verdict)
     (call,) = longer.bind_tools([WEATHER], tool_choice="weather").invoke("Will it rain?").tool_calls

@@ -17,7 +17,6 @@ from headrace.errors import SettingError
 from headrace.llms import places
 from headrace.registry import Address
 
-needed = pytest.importorskip("mlflow", reason="mlflow is not installed (CONTRIBUTING.md says how)")
 pytestmark = pytest.mark.filterwarnings("ignore")  # mlflow's own, and its dependencies'
 
 

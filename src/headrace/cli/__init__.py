@@ -3,7 +3,7 @@
 Exit codes:
 
     0    done, or nothing to do
-    1    a stage's set-up or the engine failed, a service gave no answer, or headrace check found a difference
+    1    a stage's set-up or the engine failed, a service gave no answer, or headrace check or a model's gate found fault
     2    a mistake to mend before anything can run
     3    more rows failed than --max-dead-letters allows
     4    input, code or settings changed since the output was begun
@@ -24,7 +24,9 @@ from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
 from headrace.cli.keys import keys
+from headrace.cli.lineage import lineage
 from headrace.cli.llm import llm
+from headrace.cli.models import models
 from headrace.cli.promote import promote
 from headrace.cli.replay import replay
 from headrace.cli.rollback import rollback
@@ -56,8 +58,10 @@ app.command()(replay)
 app.command()(runs)
 app.command()(diff)
 app.command()(explain)
+app.command()(lineage)
 app.command()(doctor)
 app.add_typer(keys)
+app.add_typer(models)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from headrace import registry
 from headrace.batching import Rows
 from headrace.columns import Column, ColumnType, Vector, types_of
 from headrace.errors import DefinitionError, SettingError, check_number
@@ -58,7 +57,8 @@ class LLM:
         stall_s: an engine that has rows to compute and makes no step for so long is given up, and the replica with it.
 
     Besides, once and not as settings: `on`, acceptable hardware; `replicas`; `name`, that of `out` when left out; `concurrency`, rows
-    under way in a replica at once, 256 where `on` names a GPU and else 64; `ray`, arguments for Ray.
+    under way in a replica at once, 256 where `on` names a GPU and else 64; `ray`, arguments for Ray; `trust_pickles=True` where model
+    or adapter are of a registry, and have pickles whose maker is trusted.
 
     Raises:
         DefinitionError: prompt, columns or schema do not go together; says how.
@@ -85,11 +85,13 @@ class LLM:
     name: InitVar[str | None] = None
     concurrency: InitVar[int | None] = None
     ray: InitVar[Mapping[str, Any] | None] = None
+    trust_pickles: InitVar[bool] = False
 
-    def __post_init__(self, on: Any, replicas: Any, name: str | None, concurrency: int | None, ray: Any) -> None:
+    def __post_init__(self, on: Any, replicas: Any, name: str | None, concurrency: int | None, ray: Any, trust_pickles: bool) -> None:
         if self.embed:
             self.prompt, self.out = self.prompt or "{text}", self.out or "vector"
-        vars(self).update(on=on, replicas=replicas, name=name, concurrency=concurrency, ray=ray)  # no settings, see models.Embedder
+        given = {"on": on, "replicas": replicas, "name": name, "concurrency": concurrency, "ray": ray, "trust_pickles": trust_pickles}
+        vars(self).update(given)  # no settings, see models.Embedder
         self._check()
         self._template = None if self.prompt is None else Template.parse(self.prompt, self._where)
         self._schema = None if self.schema is None else Schema.of(self.schema, self._where)
@@ -161,14 +163,14 @@ class LLM:
         """
         from headrace.llms.engine import Engine  # which loads vllm
 
-        given = vars(self)["concurrency"]
+        given, trusted = vars(self)["concurrency"], vars(self)["trust_pickles"]
         calls = stage_of(self).concurrency if given is not None or self.embed else _AT_ONCE[device]  # `on` may name a GPU, and this be a CPU
         adapter = None
         if self.lora is not None:
-            adapter = places.fetch(self.lora, f"{self._where}: lora")
+            adapter = places.fetch(self.lora, f"{self._where}: lora", trust_pickles=trusted)
             options.check_adapter(adapter, f"{self._where}: lora")
         config = EngineConfig(
-            model=places.fetch(self.model, f"{self._where}: model"),
+            model=places.fetch(self.model, f"{self._where}: model", trust_pickles=trusted),
             name=self.speaks().model,
             device=device,
             gpus=next((entry.gpus for entry in _entries(self) if entry.gpus), 1.0),
@@ -181,10 +183,6 @@ class LLM:
         self._engine = Engine.start(config, where=self._where)
         weakref.finalize(self, self._engine.close)
         return str(self._engine)
-
-    def pinned_settings(self) -> Mapping[str, Any]:
-        """The settings that name models of a registry, with the versions that they name now; see `Stage.pinned`."""
-        return registry.pinned({"model": self.model, "lora": self.lora}, self._where)
 
     def speaks(self) -> Speech:
         """What this stage is to clients of OpenAI's interface; see `headrace.speech`."""

@@ -81,14 +81,14 @@ def _read(name: str, file: str, *, hub: bool) -> bytes | None:
     return None
 
 
-def fetch(name: str, what: str) -> str:
+def fetch(name: str, what: str, *, trust_pickles: bool = False) -> str:
     """The model in a form that the engine takes: a folder of this machine, or the hub's name as it is.
 
     Raises:
-        SettingError: a folder or URI holds no model, or cannot be read; or a registry has no such model.
+        SettingError: a folder or URI holds no model, or cannot be read; or a registry has no such model, or one with pickles that are not trusted.
     """
     if registry.is_address(name):
-        return str(registry.fetch(name, what))
+        return str(registry.fetch(name, what, trust_pickles=trust_pickles))
     if "://" in name:
         return str(copies.fetch(name, what, shelf="llms"))
     if (folder := find(name)) is not None:

@@ -51,7 +51,8 @@ class Embedder:
         verdict: after `setup`, the runtime in use, its slices, and what became of the other candidates.
 
     Besides, once and not as settings: `text` and `out`, the names of the columns read and written; `on`, acceptable hardware,
-    a GPU or else one CPU core when left out; `replicas`; `name`, the stage's own, "embedder".
+    a GPU or else one CPU core when left out; `replicas`; `name`, the stage's own, "embedder"; `trust_pickles=True` where the model is
+    one of a registry, and has pickles whose maker is trusted.
 
     Raises:
         DefinitionError: the model cannot be run as its makers meant it; says why.
@@ -70,11 +71,12 @@ class Embedder:
     on: InitVar[Sequence[Hardware] | Hardware] = (gpu(1), cpu(1))
     replicas: InitVar[int | tuple[int, int | None] | None] = None
     name: InitVar[str] = "embedder"
+    trust_pickles: InitVar[bool] = False
 
-    def __post_init__(self, text: str, out: str, on: Any, replicas: Any, name: str) -> None:
+    def __post_init__(self, text: str, out: str, on: Any, replicas: Any, name: str, trust_pickles: bool) -> None:
         # In the instance, where `dataclasses.replace` finds them again, but no fields: a setting that is changed later on
         # the command line must not be one on which the wiring depends.
-        vars(self).update(text=text, out=out, on=on, replicas=replicas, name=name)
+        vars(self).update(text=text, out=out, on=on, replicas=replicas, name=name, trust_pickles=trust_pickles)
         choice.check_runtime(self.runtime)
         for setting in ("longest", "slice_tokens", "size"):
             if (value := getattr(self, setting)) is not None:
@@ -93,7 +95,7 @@ class Embedder:
         """
         import tokenizers
 
-        found = folder.find(str(self.model)) or _download(str(self.model), vars(self)["name"])
+        found = folder.find(str(self.model)) or _download(str(self.model), vars(self)["name"], trust_pickles=vars(self)["trust_pickles"])
         card = folder.read(found)
         self._check_size(card.size)
         prompt = card.prompt if self.prompt is None else self.prompt
@@ -112,10 +114,6 @@ class Embedder:
         if self.slice_tokens is not None:
             self.verdict = dataclasses.replace(self.verdict, slice_tokens=self.slice_tokens)
         return str(self.verdict)
-
-    def pinned_settings(self) -> Mapping[str, Any]:
-        """The model, if it is one of a registry, with the version that it names now; see `Stage.pinned`."""
-        return registry.pinned({"model": self.model}, vars(self)["name"])
 
     def __call__(self, **columns: Column[str]) -> dict[str, Vectors]:
         """The vectors of a column of texts, shape (rows, size), under the name of the column to write."""
@@ -174,9 +172,9 @@ class _Spec:
 setattr(Embedder, MARK, _Spec())
 
 
-def _download(model: str, where: str) -> Path:
+def _download(model: str, where: str, *, trust_pickles: bool) -> Path:
     if registry.is_address(model):
-        return registry.fetch(model, f"{where}: model")
+        return registry.fetch(model, f"{where}: model", trust_pickles=trust_pickles)
     from headrace.models import runtimes
 
     try:
