@@ -1,4 +1,4 @@
-"""A small city: listings, a calendar of a year and reviews, made up; or a part of a real one, from Inside Airbnb's tables.
+"""A small city: listings, a calendar of two years and reviews, made up; or a part of a real one, from Inside Airbnb's tables.
 
 python examples/stays/city.py --output stays-output
 python examples/stays/city.py --output stays-output --data ../shared/data --city Oakland
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-BEGIN, DAYS = dt.date(2024, 1, 1), 365
+BEGIN, DAYS = dt.date(2023, 1, 1), 730
 PRAISE = ["Spotless and bright.", "So quiet at night!", "The host was warm and helpful.", "Close to everything.", "A very comfortable bed.", "We will be back."]
 BLAME = ["It was dirty.", "Noise all night long.", "The host never answered.", "Far from everything.", "The bed was hard.", "We will not come back."]
 
@@ -31,13 +31,13 @@ def make(listings: int) -> dict[str, pa.Table]:
     for day in range(DAYS):
         date = BEGIN + dt.timedelta(days=day)
         season, weekend = -np.cos(2 * np.pi * day / 365), date.weekday() in (4, 5)
-        wanted = 1 / (1 + np.exp(2.0 - 1.1 * quality + 1.4 * dear - 0.9 * season - 0.8 * weekend))
+        wanted = 1 / (1 + np.exp(2.2 - 1.1 * quality + 1.4 * dear - 1.2 * season - 1.5 * weekend))
         begins = (left == 0) & (random.random(listings) < wanted)
-        stay = np.where(begins, random.integers(1, 6, size=listings), stay)
+        stay = np.where(begins, random.integers(1, 4, size=listings), stay)
         left = np.where(begins, stay, left)
         price = np.round(worth * np.exp(dear) * (1 + 0.15 * season + 0.1 * weekend)).astype("float32")
         calendar.append(pa.table({"listing_id": ids, "date": [date] * listings, "available": left == 0, "price": pa.array(price, mask=left > 0)}))
-        ends = (left == 1) & (random.random(listings) < 0.25)
+        ends = (left == 1) & (random.random(listings) < 0.12)
         for at in np.flatnonzero(ends):
             likes = random.random(2) < 1 / (1 + np.exp(-1.8 * quality[at]))
             told.append((int(ids[at]), date, " ".join(str(random.choice(PRAISE if one else BLAME)) for one in likes)))
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("stays-output"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--city", default="Oakland")
-    parser.add_argument("--listings", type=int, default=200)
+    parser.add_argument("--listings", type=int, default=120)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     for name, table in (take(given.data, given.city, given.listings) if given.data else make(given.listings)).items():
