@@ -23,6 +23,7 @@ from headrace.cli.check import check
 from headrace.cli.diff import diff
 from headrace.cli.doctor import doctor
 from headrace.cli.explain import explain
+from headrace.cli.features import features
 from headrace.cli.keys import keys
 from headrace.cli.lineage import lineage
 from headrace.cli.llm import llm
@@ -54,6 +55,7 @@ app.command()(rollback)
 app.command()(stop)
 app.command()(top)
 app.command()(check)
+app.command()(features)
 app.command()(replay)
 app.command()(runs)
 app.command()(diff)

@@ -1,4 +1,4 @@
-"""From `FILE` or `FILE::name` to a pipeline or a training."""
+"""From `FILE` or `FILE::name` to a pipeline, a training, or feature views."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from headrace.errors import HeadraceError, PipelineFileError, listing, nearest
+from headrace.features.view import FeatureView
 from headrace.pipeline import Pipeline
 from headrace.training import Training
 
@@ -32,13 +33,7 @@ def load_training(target: str) -> Training:
 
 
 def _load(target: str, kind: type[T], noun: str, example: str) -> T:
-    file, _, wanted = target.partition("::")
-    path = Path(file)
-    if not path.is_file():
-        single = file.rpartition(":")
-        hint = f"; did you mean {single[0]}::{single[2]}?" if single[0] and Path(single[0]).is_file() else ""
-        raise PipelineFileError(f"no file {file!r}" + (hint or _neighbours(path)))
-    module = _import(path.resolve())
+    file, wanted, module = _module(target)
     found = {name: value for name, value in vars(module).items() if isinstance(value, kind)}
     if wanted:
         named = {one.name: one for one in found.values()} | found
@@ -49,6 +44,35 @@ def _load(target: str, kind: type[T], noun: str, example: str) -> T:
         fix = f"say which: {file}::{next(iter(found))}" if found else f"define one, such as {example}"
         raise PipelineFileError(f"{file} has {len(found) or 'no'} {noun}s" + (f", {listing(found)}" if found else "") + f"; {fix}")
     return next(iter(found.values()))
+
+
+def load_views(target: str) -> tuple[FeatureView, ...]:
+    """The feature views that a file defines, in order; `FILE::name` picks one by variable or name.
+
+    Raises:
+        PipelineFileError: no such file, it does not run, or it holds no such view.
+    """
+    file, wanted, module = _module(target)
+    found = {name: value for name, value in vars(module).items() if isinstance(value, FeatureView)}
+    named = {view.name: view for view in found.values()}
+    if not found:
+        raise PipelineFileError(f"{file} has no feature view; define one, such as stays = hr.FeatureView('stays', ...)")
+    if len(named) < len({id(view) for view in found.values()}):
+        raise PipelineFileError(f"{file} has two feature views of one name; they are called {listing(view.name for view in found.values())}")
+    if wanted and wanted not in named | found:
+        raise PipelineFileError(f"{file} has no feature view {wanted!r}; it has {listing(named)}" + nearest(wanted, named))
+    return ((named | found)[wanted],) if wanted else tuple(named.values())
+
+
+def _module(target: str) -> tuple[str, str, ModuleType]:
+    """The file, the name behind `::`, and the file as a module."""
+    file, _, wanted = target.partition("::")
+    path = Path(file)
+    if not path.is_file():
+        single = file.rpartition(":")
+        hint = f"; did you mean {single[0]}::{single[2]}?" if single[0] and Path(single[0]).is_file() else ""
+        raise PipelineFileError(f"no file {file!r}" + (hint or _neighbours(path)))
+    return file, wanted, _import(path.resolve())
 
 
 def _neighbours(path: Path) -> str:
