@@ -72,7 +72,7 @@ def test_bytes_that_are_no_value_are_refused_or_read(blobs):
     """Whatever lies there: an error in words, or a table that Arrow itself finds sound; never a crash."""
     schema = pa.schema({"n": pa.int32(), "s": pa.string(), "l": pa.list_(pa.list_(pa.float32()))})
     layout = Layout(schema)
-    head = bytes(8 * 2) + b"\xff" * 8 + b"\x07" + bytes(4)
+    head = bytes(8 * 2) + b"\xff" * 8 + bytes(4) + b"\x07"
     for kept in (blobs, [head + len(blob).to_bytes(4, "little") * 2 + blob * 2 for blob in blobs]):
         try:
             read = layout.decode(list(kept), 0, range(3))

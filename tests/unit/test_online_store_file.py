@@ -93,7 +93,7 @@ def test_a_damaged_file_is_told(place: str) -> None:  # noqa: F811
     with open_store(place) as store:  # noqa: F811
         write(store, *((f"k{number}", 0, number) for number in range(2000)))
     content = bytearray(Path(place).read_bytes())
-    content[8192:] = bytes(len(content) - 8192)
+    content[32768:] = bytes(len(content) - 32768)
     Path(place).write_bytes(content)
     with pytest.raises(OnlineStoreError, match="is damaged"), open_store(place) as store:
         values(store, "k1")
@@ -114,7 +114,7 @@ def test_a_full_disk_keeps_nothing_of_a_batch(store: OnlineStore, monkeypatch: p
 
     def small() -> sqlite3.Connection:
         connection = connect()
-        connection.execute("PRAGMA max_page_count = 60")
+        connection.execute("PRAGMA max_page_count = 20")
         return connection
 
     store.close()

@@ -22,6 +22,7 @@ ALLOWED = "bool, integers, floats, text, bytes, dates, times, timestamps, durati
 
 _MOST_BYTES = 2**31 - 1  # of a column's texts or lists in one table: Arrow's offsets have 32 bits
 _LENGTH = np.dtype("<u4")
+_BOOL = pa.bool_()
 
 Bools = npt.NDArray[np.bool_]
 
@@ -100,13 +101,18 @@ def _bytes(array: pa.Array) -> npt.NDArray[np.uint8]:
     return np.frombuffer(buffer, np.uint8, len(array) * size, array.offset * size)
 
 
-def from_raw(values: npt.NDArray[Any] | bytes, arrow: pa.DataType, count: int, valid: Bools | None) -> pa.Array:
+def from_raw(values: npt.NDArray[Any] | bytes | pa.Buffer, arrow: pa.DataType, count: int, valid: Bools | None) -> pa.Array:
     """A column of `count` values from the memory of `raw`; `valid` says which are there, or None that all are."""
-    data = pa.py_buffer(np.packbits(np.frombuffer(values, np.uint8) != 0, bitorder="little") if pa.types.is_boolean(arrow) else values)
-    if pa.types.is_fixed_size_list(arrow):
-        numbers = pa.Array.from_buffers(arrow.value_type, count * arrow.list_size, [None, data])
+    if arrow.num_fields:  # a vector
+        numbers = pa.Array.from_buffers(arrow.value_type, count * arrow.list_size, [None, _buffer(values)])
         return pa.Array.from_buffers(arrow, count, [_bitmap(valid)], children=[numbers])
-    return pa.Array.from_buffers(arrow, count, [_bitmap(valid), data])
+    if arrow == _BOOL:
+        values = np.packbits(np.frombuffer(values, np.uint8) != 0, bitorder="little")
+    return pa.Array.from_buffers(arrow, count, [_bitmap(valid), _buffer(values)])
+
+
+def _buffer(values: npt.NDArray[Any] | bytes | pa.Buffer) -> pa.Buffer:
+    return values if isinstance(values, pa.Buffer) else pa.py_buffer(values)
 
 
 def is_there(array: pa.Array) -> Bools:
@@ -147,21 +153,21 @@ def pack(array: pa.Array) -> list[bytes]:
     return packed
 
 
-def unpack(cells: Sequence[bytes], arrow: pa.DataType, valid: Bools | None) -> pa.Array:
-    """A column whose values vary in length, from its cells; `valid` says which are there, or None that all are.
+def unpack(cells: Sequence[bytes], arrow: pa.DataType, count: int, valid: Bools | None) -> pa.Array:
+    """A column of `count` values that vary in length, from its cells; `valid` says which are there, or None that all are.
 
     Raises:
         ValueError: these are no cells of that type.
     """
     if pa.types.is_list(arrow):
         return _lists(cells, arrow, valid)
-    array = pa.Array.from_buffers(arrow, len(cells), [_bitmap(valid), _offsets(list(map(len, cells))), pa.py_buffer(b"".join(cells))])
+    array = pa.Array.from_buffers(arrow, count, [_bitmap(valid), _offsets(np.fromiter(map(len, cells), np.int64, count)), pa.py_buffer(b"".join(cells))])
     if pa.types.is_string(arrow):
         array.validate(full=True)  # that it is UTF-8
     return array
 
 
-def _offsets(counts: Sequence[int]) -> pa.Buffer:
+def _offsets(counts: Sequence[int] | npt.NDArray[np.int64]) -> pa.Buffer:
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     if offsets[-1] > _MOST_BYTES:
@@ -195,7 +201,7 @@ def _lists(cells: Sequence[bytes], arrow: pa.DataType, valid: Bools | None) -> p
     there = np.concatenate(bits) if bits else np.empty(0, np.bool_)
     whole = None if there.all() else there
     if size is None:
-        items = unpack(contents, arrow.value_type, whole)
+        items = unpack(contents, arrow.value_type, len(there), whole)
     else:
         flat = b"".join(contents)
         if len(flat) != len(there) * size:

@@ -72,5 +72,8 @@ class Engine(Protocol):
     def sweep(self, generation: Generation, before: bytes) -> int:
         """Remove values whose expiry is not after `before`, written as in a blob; how many."""
 
+    def settle(self) -> None:
+        """Many values were written: put them where they are read fastest."""
+
     def close(self) -> None:
         """Close all connections."""

@@ -206,6 +206,9 @@ class RedisEngine:
                 if not cursor:
                     return removed
 
+    def settle(self) -> None:
+        """See `Engine`. A Redis has everything in memory."""
+
     def _new(self, view: str, schema: bytes, state: str) -> Generation:
         with self._told():
             self.client.sadd(_VIEWS, view)

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from headrace.errors import OnlineStoreError
@@ -23,7 +24,9 @@ _BUSY_S = 30.0  # how long a change waits for others before it is given up
 _APPLICATION = 0x68726F73  # in the file's head: whose it is
 _MAP_BYTES = 1 << 30  # of the file that are read as memory; reading 100 keys takes half as long as through calls of the system
 _ASKED = 512  # keys in one statement
-_GRAIN = 16  # numbers of keys are rounded up to a multiple, so that few statements are prepared and kept
+_STATEMENTS = 256  # that a connection keeps prepared, one for each number of keys
+_PAGE_BYTES = 16384
+_LOG_BYTES = 4 << 20  # after which the log is moved into the file
 _SWEPT = 5000  # rows removed in one change
 _TABLES = """
 CREATE TABLE generations (
@@ -33,11 +36,11 @@ CREATE TABLE generations (
 CREATE UNIQUE INDEX one_current ON generations (view) WHERE state = 'current';
 CREATE UNIQUE INDEX one_begun ON generations (view) WHERE state = 'begun';
 CREATE TABLE feature_values (
-    id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, UNIQUE (generation, key)
-);
+    generation INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, PRIMARY KEY (generation, key)
+) WITHOUT ROWID;
 """
-# The first 16 bytes of a value say how late it is, the next 8 its expiry (records.py). Values lie apart from the index of their keys: beside
-# them, vectors would make it a hundred times as large, and no cache would hold it.
+# The first 16 bytes of a value say how late it is, the next 8 its expiry (records.py). Values lie in the index of their keys, which saves a reader the way
+# to another page; so that vectors do not make that index deep, pages are large.
 
 _open: weakref.WeakSet[SqliteEngine] = weakref.WeakSet()
 _watched = False
@@ -128,12 +131,9 @@ class SqliteEngine:
         found: dict[bytes, bytes] = {}
         with self._connection() as connection:
             for at in range(0, len(keys) or 1, _ASKED - 1):
-                asked = [generation.number, *keys[at : at + _ASKED - 1], MARKER]
-                count = len(asked) - 1
-                if count > _GRAIN and count % _GRAIN:
-                    asked += [MARKER] * (_GRAIN - count % _GRAIN)
+                asked = keys[at : at + _ASKED - 1]
                 found.pop(MARKER, None)
-                found.update(connection.execute(_fetching(len(asked) - 1), asked).fetchall())
+                found.update(connection.execute(f"SELECT key, value {_of(len(asked) + 1)}", [generation.number, *asked, MARKER]).fetchall())
                 if MARKER not in found:
                     return None
         return list(map(found.get, keys))
@@ -176,14 +176,19 @@ class SqliteEngine:
         while True:
             with self._changing() as connection:
                 count = connection.execute(
-                    "DELETE FROM feature_values WHERE id IN "
-                    "(SELECT id FROM feature_values WHERE generation = ? AND key != ? AND substr(value, 17, 8) <= ? LIMIT ?)",
+                    "DELETE FROM feature_values WHERE generation = ?1 AND key IN "
+                    "(SELECT key FROM feature_values WHERE generation = ?1 AND key != ?2 AND substr(value, 17, 8) <= ?3 LIMIT ?4)",
                     (generation.number, MARKER, before, _SWEPT),
                 ).rowcount
                 connection.execute("UPDATE generations SET keys = keys - ? WHERE number = ?", (count, generation.number))
             removed += count
             if count < _SWEPT:
                 return removed
+
+    def settle(self) -> None:
+        """See `Engine`. What still lies in the log is moved into the file, as far as no reader is in the way."""
+        with self._connection() as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _remove_gone(self) -> None:
         """Remove what lies in generations that are gone, a part at a time, and then themselves. Whoever is killed meanwhile leaves it to the next."""
@@ -192,7 +197,7 @@ class SqliteEngine:
                 gone = connection.execute("SELECT number FROM generations WHERE state = 'gone' LIMIT 1").fetchone()
                 if gone is None:
                     return
-                part = "DELETE FROM feature_values WHERE id IN (SELECT id FROM feature_values WHERE generation = ? LIMIT ?)"
+                part = "DELETE FROM feature_values WHERE generation = ?1 AND key IN (SELECT key FROM feature_values WHERE generation = ?1 LIMIT ?2)"
                 if not connection.execute(part, (*gone, _SWEPT)).rowcount:
                     connection.execute("DELETE FROM generations WHERE number = ?", gone)
 
@@ -209,6 +214,7 @@ class SqliteEngine:
                 )
             if ours:
                 return
+            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # settled by the first page that is written
             connection.execute("PRAGMA journal_mode = WAL")
         with self._changing() as connection:
             if connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION:
@@ -249,8 +255,9 @@ class SqliteEngine:
             connection.execute("COMMIT")
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS)
         connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // _PAGE_BYTES}")
         connection.execute(f"PRAGMA mmap_size = {_MAP_BYTES}")
         return connection
 
@@ -291,12 +298,9 @@ def _insert(connection: sqlite3.Connection, view: str, schema: bytes, state: str
     return Generation(view, number, schema)
 
 
+@cache
 def _of(keys: int) -> str:
     return f"FROM feature_values WHERE generation = ? AND key IN ({','.join('?' * keys)})"
-
-
-def _fetching(keys: int) -> str:
-    return f"SELECT key, value {_of(keys)}"
 
 
 def _watch(engine: SqliteEngine) -> None:

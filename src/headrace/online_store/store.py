@@ -154,6 +154,8 @@ class OnlineStore:
                 raise self._lost(view)
             done += Written(len(part), newer, len(part) - newer)
             start += len(part)
+        if len(table) > batch:
+            self.engine.settle()
         return done
 
     def replace(
@@ -199,6 +201,7 @@ class OnlineStore:
         finally:
             if begun is not None and not swapped:
                 self.engine.drop(begun.generation)
+        self.engine.settle()
         self._views.pop(view, None)
         return done
 
