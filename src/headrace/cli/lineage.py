@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 Thing = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL|RUN|VIEW|PATH", help="A model (stays, stays@prod, models:/stays/3), a run's id, view:NAME, or a path that a run used."
-    ),
+    typer.Argument(metavar="MODEL|RUN|VIEW|PATH", help="A model (stays, stays@prod, models:/stays/3), a run's id, view:NAME, or a path that a run used."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 

@@ -78,7 +78,6 @@ def show_model(which: Which, json: Json = False) -> None:
         return
     said = json_module.loads(one.tags.get(GATES, "{}"))
     rows = [
-        ("version", str(one)),
         ("aliases", ", ".join(f"@{alias}" for alias in one.aliases)),
         ("registered", f"{moment(one.created_s)} UTC"),
         ("files", one.digest),
@@ -89,7 +88,7 @@ def show_model(which: Which, json: Json = False) -> None:
         *((f"gate of @{said['alias']}", f"{'passed' if gate['passed'] else 'FAILED'}  {gate['gate']}: {gate['said']}") for gate in said.get("outcomes", ())),
         *(("service", f"{service} {told}") for service, told in sorted(one.services.items())),
     ]
-    show(_console(), ("", ""), [row for row in rows if row[1]], wrap=(1,))
+    show(_console(), ("version", str(one)), [row for row in rows if row[1]], wrap=(1,))
 
 
 @models.command()

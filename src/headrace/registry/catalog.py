@@ -140,7 +140,9 @@ def registered(mlflow: Any, client: Any, name: str) -> Any:
 def model_of(client: Any, found: Any) -> Model:
     """A model of mlflow's as ours, with all of its versions."""
     ones = [version_of(one, found.aliases) for one in pages(client.search_model_versions, filter_string=f"name={quoted(found.name)}")]
-    return Model(str(found.name), dict(found.aliases), tuple(sorted(ones, key=lambda one: int(one.version), reverse=True)))
+    return Model(
+        str(found.name), {alias: str(number) for alias, number in found.aliases.items()}, tuple(sorted(ones, key=lambda one: int(one.version), reverse=True))
+    )
 
 
 def version_of(found: Any, aliases: Mapping[str, str]) -> Version:

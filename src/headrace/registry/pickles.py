@@ -7,6 +7,7 @@ import bz2
 import gzip
 import lzma
 import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -71,8 +72,10 @@ def _is_old(content: bytes) -> bool:
     """Whether content is a pickle of protocol 0 or 1, which begins with its first instruction, and calls something."""
     names = set()
     try:
-        for opcode, _, _ in pickletools.genops(content):
-            names.add(opcode.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about texts in what is no pickle
+            for opcode, _, _ in pickletools.genops(content):
+                names.add(opcode.name)
     except (ValueError, IndexError, OverflowError):  # an instruction that there is none of, or an argument that is cut off
         return "REDUCE" in names and bool(names & {"GLOBAL", "STACK_GLOBAL"})  # whoever reads it has made the call by then
     return bool(names & _CALLS)
