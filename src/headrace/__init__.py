@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from headrace.llms import LLM, Sampling
     from headrace.on_ray.job import run
     from headrace.on_ray.serve import serve
+    from headrace.on_ray.sweep import sweep
     from headrace.on_ray.train import train
     from headrace.training import Training
 
@@ -60,6 +61,7 @@ __all__ = [
     "run",
     "serve",
     "stage",
+    "sweep",
     "tokens",
     "train",
 ]
@@ -74,6 +76,10 @@ def __getattr__(name: str) -> Any:
         from headrace.on_ray.serve import serve
 
         return serve
+    if name == "sweep":
+        from headrace.on_ray.sweep import sweep
+
+        return sweep
     if name == "train":
         from headrace.on_ray.train import train
 

@@ -56,15 +56,15 @@ def override_training(training: Training, assignments: Sequence[str]) -> Trainin
         if name not in training.values:
             known = f"it has {listing(training.values)}" if training.values else "it has no settings"
             raise SettingError(f"--set {assignment!r}: training {training.name!r} has no setting {name!r}; {known}" + nearest(name, training.values))
-        training = training.with_settings(**{name: _checked(type(training.settings), name, text, said=f"--set {name}={text!r}")})
+        training = training.with_settings(**{name: setting_value(type(training.settings), name, text, said=f"--set {name}={text!r}")})
     return training
 
 
 def _value(stage: Stage, setting: str, text: str) -> Any:
-    return _checked(type(stage.call), setting, text, said=f"--set {stage.name}.{setting}={text!r}")
+    return setting_value(type(stage.call), setting, text, said=f"--set {stage.name}.{setting}={text!r}")
 
 
-def _checked(owner: type, setting: str, text: str, *, said: str) -> Any:
+def setting_value(owner: type, setting: str, text: str, *, said: str) -> Any:
     """What the text says, as the class that has the setting annotates it."""
     import pydantic  # a third of a second to import, and only --set needs it
 

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 import headrace as hr
-from headrace.errors import ChangedError, SourceError, StorageError
+from headrace.errors import ChangedError, SourceError, StageError, StorageError
 from headrace.formats import Input
 from headrace.sources import open_source
 
@@ -122,3 +122,34 @@ def test_an_output_bucket_that_does_not_exist(bucket: Any) -> None:
     """It is told before anything runs."""
     with pytest.raises(StorageError, match="cannot write '_headrace/.*' in 's3://no-such-bucket/out'"):
         hr.run(PIPELINE, input="s3://reviews-in/day", output="s3://no-such-bucket/out")
+
+
+def learn(shard: Any, settings: Any, run: Any) -> None:
+    """Counts the letters it was given, from where it was cut off; what it saved there says so."""
+    folder = run.resume()
+    letters = int((folder / "letters").read_text()) if folder else 0
+
+    def save(folder: Path) -> None:
+        (folder / "letters").write_text(str(letters))
+
+    for batch in shard.batches(20):
+        letters += int(batch["length"].sum())
+        run.report(letters=letters)
+        if letters > 1000 and folder is None:
+            raise ArithmeticError("too many")
+        run.checkpoint(save)
+
+
+def test_a_training_keeps_its_checkpoints_there_and_goes_on(bucket: Any) -> None:
+    """What is uploaded while the loop goes on is what the next run begins with."""
+    training = hr.Training("letters", learn, data=hr.Pipeline("p", length), checkpoint_every=2)
+    options: dict[str, Any] = {"input": "s3://reviews-in/day", "output": "s3://reviews-out/letters"}
+    with pytest.raises(StageError, match="too many"):
+        hr.train(training, **options)
+    result = hr.train(training, **options)
+    assert result.metrics == {"letters": float(sum(len(f"text {n}") for n in range(300)))}
+    assert 0 < result.record.rows_in < 300 and result.record.step == 15
+    assert result.checkpoint == "s3://reviews-out/letters/checkpoint"
+    with bucket.open_input_stream("reviews-out/letters/checkpoint/letters") as stream:
+        assert float(stream.read()) == result.metrics["letters"]
+    assert hr.train(training, **options).record.rows_in == 0

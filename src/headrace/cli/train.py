@@ -14,6 +14,7 @@ import typer
 from headrace.cli.loading import load_training
 from headrace.cli.options import Address, Json, Price, Quiet, Verbose
 from headrace.cli.run import AcceptChange, Format, In, Limit, Where
+from headrace.cli.sweep_progress import SweepProgress, tell
 from headrace.cli.training_progress import TrainingProgress
 from headrace.cost import Prices
 from headrace.errors import SettingError
@@ -32,6 +33,13 @@ Set = Annotated[
 ]
 Workers = Annotated[str | None, typer.Option(metavar="N|LEAST:MOST", help="How many workers run the loop: 4, or 2:8 for as many as there is room for.")]
 Epochs = Annotated[int | None, typer.Option(min=1, metavar="N", help="How often every row is given, instead of what the file says.")]
+SweepOption = Annotated[
+    list[str] | None, typer.Option("--sweep", metavar="SETTING=RANGE", help="Try many settings: lr=1e-4..1e-2:log, layers=1..8, kind=mean|max; repeatable.")
+]
+Trials = Annotated[int, typer.Option(min=1, metavar="N", help="With --sweep: how many settings are tried.")]
+Metric = Annotated[
+    str, typer.Option(metavar="NAME[:max]", help="With --sweep: what the trials are compared by; the smallest is the best, with :max the largest.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
 
 
@@ -45,6 +53,9 @@ def train(
     where: Where = None,
     limit: Limit = None,
     format: Format = None,
+    sweep: SweepOption = None,
+    trials: Trials = 20,
+    metric: Metric = "loss",
     restart: Restart = False,
     accept_change: AcceptChange = False,
     address: Address = None,
@@ -64,12 +75,22 @@ def train(
         training = dataclasses.replace(training, epochs=epochs)
     source = Input(input, format=format, where=where, limit=limit)
 
+    if sweep and (restart or accept_change):
+        raise SettingError("--sweep goes on with the trials that had not ended; for others, choose an empty folder")
+
     from headrace.on_ray.cluster import connected  # loads ray: a mistake above is told half a second earlier
     from headrace.on_ray.train import Fit
 
+    connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
+    if sweep:
+        from headrace.on_ray.sweep import Sweep
+
+        search = Sweep.of(training, input=source, output=output, sweep=sweep, trials=trials, metric=metric)
+        with SweepProgress(search.metric, quiet=quiet) as seen:
+            tell(search.run(connect=connect, watch=seen.update), metric=search.metric, largest=search.largest, quiet=quiet, as_json=json)
+        return
     fit = Fit.of(training, input=source, output=output)
     mode = Mode.RESTART if restart else Mode.ACCEPT_CHANGE if accept_change else Mode.RESUME
-    connect = partial(connected, address, folder=Path(file.partition("::")[0]).resolve().parent, verbose=verbose)
     with TrainingProgress(training, quiet=quiet, prices=prices) as progress:
         result = fit.run(mode=mode, connect=connect, watch=progress.update, prices=prices)
     if json:

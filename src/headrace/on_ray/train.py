@@ -152,7 +152,7 @@ class Fit:
         with connect() as cluster:
             for call in (self.training.loop, *(stage.call for stage in self.pipeline.stages)):
                 compat.ship(call, importable=not joined and compat.started_here())
-            shape, rest = _shape(self.training, cluster)
+            shape, rest = shape_of(self.training, cluster)
             plan = resolve(self.pipeline.pinned(), rest, keep=self.kept)
             held, _ = Ledger.claim(store)
             about = {"request": dict(self.request), "facts": facts, "settings": {name: repr(value) for name, value in self.training.values.items()}}
@@ -282,7 +282,7 @@ def _about(store: Folder) -> dict[str, Any] | None:
         raise OutputError(f"{store.place.child(_ABOUT).uri!r} is damaged: {error}; begin again with --restart, or in an empty folder") from error
 
 
-def _shape(training: Training, cluster: Cluster) -> tuple[trainers.Shape, Cluster]:
+def shape_of(training: Training, cluster: Cluster) -> tuple[trainers.Shape, Cluster]:
     """The workers on this cluster, and the cluster that they leave to the pipeline's stages.
 
     Raises:

@@ -45,6 +45,7 @@ _SHARD = "rows"
 _POLL_S = "0.5"  # between looks of Ray Train at its workers
 _VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": _POLL_S,
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a minute is too short for a machine with its hands full, and it would begin again and again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a loop's relative paths are the user's
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
