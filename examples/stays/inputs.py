@@ -35,9 +35,7 @@ def numbers(
 
 
 @hr.stage(out={"words": hr.Vector(8)})
-def words(
-    words_0: Number, words_1: Number, words_2: Number, words_3: Number, words_4: Number, words_5: Number, words_6: Number, words_7: Number
-):
+def words(words_0: Number, words_1: Number, words_2: Number, words_3: Number, words_4: Number, words_5: Number, words_6: Number, words_7: Number):
     columns = [words_0, words_1, words_2, words_3, words_4, words_5, words_6, words_7]
     return {"words": np.nan_to_num(np.stack([np.asarray(column, "float32") for column in columns], axis=1))}  # of no reviews, zeros
 
