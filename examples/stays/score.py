@@ -16,7 +16,7 @@ import headrace as hr
 @hr.stage(out={"chance": float}, batch=1024)
 class Score:
     model: str = "models:/stays@prod"  # or a folder
-    share: float = 0.8  # of the trees; the rest is the network's
+    share: float = 0.9  # of the trees; the rest is the network's
 
     def setup(self, device: str):
         import lightgbm
