@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from headrace.on_ray.serve import serve
     from headrace.on_ray.sweep import sweep
     from headrace.on_ray.train import train
+    from headrace.online_store import Lookup as Lookup
     from headrace.training import Training
 
 __version__ = "0.1.0"
@@ -94,4 +95,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"headrace.{name}")
     if name in ("FeatureView", "training_set"):
         return getattr(importlib.import_module("headrace.features"), name)
+    if name == "Lookup":
+        return importlib.import_module("headrace.online_store").Lookup
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -10,6 +10,7 @@
     ├── RegistryError          a registry of models is missing or out of reach, has no such model, or cannot take a change
     ├── KeyFileError           a file of API keys is missing, damaged, or cannot take a change
     ├── OnlineStoreError       an online store is missing, damaged or out of reach, or what it holds is not what was asked for
+    │   └── WrongKeyError      a key is of another kind than those of the view
     ├── ServingError           no service of that name runs, or none can be started so
     ├── SourceError            the input cannot be found, read, or used by this pipeline
     ├── OutputError            the output cannot take this run, or belongs to something else
@@ -87,6 +88,10 @@ class OnlineStoreError(HeadraceError):
 
 class RegistryError(HeadraceError):
     """A registry of models is missing or out of reach, has no such model, or cannot take what was asked of it."""
+
+
+class WrongKeyError(OnlineStoreError):
+    """A key that was asked for is of another kind than the keys of the view."""
 
 
 class KeyFileError(HeadraceError):

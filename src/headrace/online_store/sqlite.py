@@ -70,14 +70,14 @@ class SqliteEngine:
                 raise OnlineStoreError(f"there is no online store in {self.name!r}; `headrace features FILE --publish` makes it, or correct the path")
         except OSError as error:
             raise OnlineStoreError(f"the online store in {self.name!r} cannot be opened: {error.strerror or error}") from error
+        weakref.finalize(self, _close, self._idle)  # a stage's store is never closed: it goes with the stage
         self._see_to_tables()
         _watch(self)
 
     def close(self) -> None:
         """See `Engine`."""
         with self._change:
-            while self._idle:
-                self._idle.pop().close()
+            _close(self._idle)
 
     def views(self) -> list[str]:
         """See `Engine`."""
@@ -277,12 +277,16 @@ class SqliteEngine:
         self._change.acquire()
         while self._used:
             self._change.wait()
-        while self._idle:
-            self._idle.pop().close()
+        _close(self._idle)
 
     def after_fork(self) -> None:
         """In both processes: go on."""
         self._change.release()
+
+
+def _close(connections: list[sqlite3.Connection]) -> None:
+    while connections:
+        connections.pop().close()
 
 
 def _current(connection: sqlite3.Connection, view: str) -> Generation | None:

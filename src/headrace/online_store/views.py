@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrace.errors import OnlineStoreError, listing, nearest
+from headrace.errors import OnlineStoreError, WrongKeyError, listing, nearest
 from headrace.online_store import cells
 from headrace.online_store.records import Layout
 from headrace.stage import NAME
@@ -100,12 +100,12 @@ class ViewSchema:
         """Keys as they are written; None for one that is null, or has a null in it.
 
         Raises:
-            OnlineStoreError: a key of another kind than the view's.
+            WrongKeyError: a key of another kind than the view's.
         """
         if len(self.keys) == 1:
             return self._column(keys, 0)
         if wrong := [value for value in keys if value is not None and (not isinstance(value, (tuple, list)) or len(value) != len(self.keys))]:
-            raise OnlineStoreError(f"a key of this view is a tuple of {_keys(self.keys)}, got {wrong[0]!r}")
+            raise WrongKeyError(f"a key of this view is a tuple of {_keys(self.keys)}, got {wrong[0]!r}")
         parts = [(None,) * len(self.keys) if value is None else value for value in keys]
         columns = [self._column(column, at) for at, column in enumerate(zip(*parts, strict=True))]
         return [None if None in key else b"".join([b"%d:%b" % (len(part), part) for part in key]) for key in zip(*columns, strict=True)]
@@ -120,9 +120,9 @@ class ViewSchema:
                 return [value.encode() for value in values]
             return [None if value is None else _text(value, kind) for value in values]
         except UnicodeEncodeError as error:
-            raise OnlineStoreError(f"key column {name!r}: {error.object!r} is no text that UTF-8 can hold") from None
+            raise WrongKeyError(f"key column {name!r}: {error.object!r} is no text that UTF-8 can hold") from None
         except TypeError as error:
-            raise OnlineStoreError(f"key column {name!r} is {_KINDS[kind]}, got {error}") from None
+            raise WrongKeyError(f"key column {name!r} is {_KINDS[kind]}, got {error}") from None
 
 
 def missing_from(kept: pa.Schema, wanted: pa.Schema) -> str:
