@@ -89,7 +89,8 @@ def api() -> Iterator[str]:
 
 def public() -> Iterator[tuple[str, Any]]:
     """Every public name; those of a module follow it."""
-    for name in headrace.__all__:
+    shown = [*headrace.__all__, "features"]  # which is no name of the front door's list, since that has as many as it may have
+    for name in sorted(shown, key=lambda name: (not name.isupper(), name)):
         thing = getattr(headrace, name)
         yield name, thing
         if inspect.ismodule(thing):

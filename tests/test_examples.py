@@ -131,6 +131,16 @@ def test_embed(checkout: Path) -> None:
     np.testing.assert_allclose(vectors[:4], vectors[4:8], atol=1e-4)
 
 
+def test_features(checkout: Path) -> None:
+    """No review counts for itself; a month later all do."""
+    printed = run("features.py", checkout)
+    assert "24 rows from 24 events" in printed and "24 rows as of 2024-02-01" in printed
+    labels, known = (pq.read_table(checkout / name) for name in ("review-set", "review-features"))
+    assert set(labels["reviews_before"].to_pylist()) == {0} and set(labels["mean_words"].to_pylist()) == {0.0}
+    assert set(known["reviews_before"].to_pylist()) == {1} and set(known["reviews_30d"].to_pylist()) == {0}
+    assert max(known["last_words"].to_pylist()) == 8
+
+
 def test_images(checkout: Path) -> None:
     """Stripes that lie have edges in one direction, stripes that stand in the other; pixels are no output."""
     pytest.importorskip("PIL")

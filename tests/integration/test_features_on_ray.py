@@ -28,7 +28,7 @@ NOON = dt.datetime(2024, 3, 31, 12)
 EVENTS, KEYS = 60_000, 500
 
 
-@hr.stage(out={"vector": hr.Vector(4)}, batch=256)
+@hr.stage(out={"vector": hr.Vector(4)}, batch=256, replicas=1)
 class Embed:
     """A model."""
 
@@ -64,6 +64,16 @@ def view(folder: Path, **more) -> hr.FeatureView:
     return hr.FeatureView("v", f"{folder}/events/*.parquet", **({"key": "k", "time": "t", "features": features, "delay": "1d"} | more))
 
 
+def few(folder: Path, **changed: str) -> None:
+    """Leave fewer events, which a slow model can do."""
+    events = pq.read_table(folder / "events/0.parquet").slice(0, 2_000)
+    for at in range(4):
+        (folder / f"events/{at}.parquet").unlink()
+    for name, value in changed.items():
+        events = events.set_column(events.column_names.index(name), name, pa.array([value] * len(events)))
+    pq.write_table(events, folder / "events/0.parquet", row_group_size=1_000)
+
+
 def run(folder: Path, views: list[hr.FeatureView], **more):
     job = FeatureJob.of(views, output=str(folder / "out"), labels=str(folder / "labels.parquet"), parts=6)
     return on_ray.run(job, connect=connected, **more)
@@ -83,6 +93,7 @@ def test_values_are_those_of_this_process(data):
 
 
 def test_the_pipeline_of_a_view_is_a_batch_job_of_its_own(data):
+    few(data)
     embedded = view(data, features={"vector": "vector", "n": f.count("vector", over="7d")}, pipeline=EMBED)
     run(data, [embedded])
     assert rows(data) == hr.training_set(str(data / "labels.parquet"), embedded).to_pylist()
@@ -90,8 +101,7 @@ def test_the_pipeline_of_a_view_is_a_batch_job_of_its_own(data):
 
 
 def test_an_event_that_fails_is_no_missing_event(data):
-    events = pq.read_table(data / "events/0.parquet").slice(0, 100)
-    pq.write_table(events.set_column(3, "text", pa.array(["poison"] * 100)), data / "events/0.parquet")
+    few(data, text="poison")
     with pytest.raises(DeadLetterError):
         run(data, [view(data, features={"vector": "vector"}, pipeline=EMBED)])
 
@@ -123,20 +133,20 @@ def test_a_worker_that_is_killed_costs_nothing(data, monkeypatch):
 VIEWS = """
 import headrace as hr
 
-v = hr.FeatureView("v", "events/*.parquet", key="k", time="t", delay="1d", features={"n": hr.features.count(over="7d"), "sum": hr.features.sum("x", over="30d")})
+features = {"n": hr.features.count(over="7d"), "sum": hr.features.sum("x", over="30d")}
+v = hr.FeatureView("v", "events/*.parquet", key="k", time="t", delay="1d", features=features)
 """
 KILLED = """
 import os, signal, sys
 from headrace import store
-put = store.Folder.put
+put, step = store.Folder.put, sys.argv.pop(1)
 
 def deadly(self, name, content):
     put(self, name, content)
-    if name == sys.argv[1]:
+    if name == step:
         os.kill(os.getpid(), signal.SIGKILL)
 
 store.Folder.put = deadly
-sys.argv[1:] = sys.argv[2:]
 from headrace.cli import main
 main()
 """
