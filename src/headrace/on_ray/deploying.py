@@ -18,9 +18,9 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from headrace import parity
+from headrace import parity, registry
 from headrace.client import Client
-from headrace.errors import DeployError, HeadraceError, RunError, ServingError, StoppedError, listing, nearest
+from headrace.errors import DeployError, HeadraceError, RegistryError, RunError, ServingError, StoppedError, listing, nearest
 from headrace.formats import Input
 from headrace.hardware import Cluster
 from headrace.on_ray import deployments
@@ -101,24 +101,34 @@ class Deployment:
             HardwareError, ServingError: it cannot run there, or not so.
             StoppedError: it was over before.
         """
-        plan = resolve(self.pipeline.pinned(), self.cluster, online=True)
+        pipeline = self.pipeline.pinned()
+        number = self._deploy(pipeline, tell, over)
+        try:
+            registry.deployed(pipeline, self.service, number)
+        except RegistryError as error:
+            tell(f"it answers; but the registry could not note that, and headrace lineage will not show it: {error}")
+
+    def _deploy(self, pipeline: Pipeline, tell: Tell, over: Over) -> int:
+        """The number of the version that answers."""
+        plan = resolve(pipeline, self.cluster, online=True)
         scales = self.bounds.scales(plan)
-        golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), self.pipeline)
-        contract = openapi.contract(self.pipeline)
+        golden = None if self.change.gate is None else parity.golden(Input([str(self.change.gate)]), pipeline)
+        gate = None if golden is None else functools.partial(self._gate, pipeline, golden, tell)
+        contract = openapi.contract(pipeline)
         control = control_of(self.service)
         charge: Charge = get(control.charged.remote())
         latest, told = get(control.latest.remote())
-        number = latest + 1
+        number: int = latest + 1
         with _alone:
             made = application(plan, service=self.service, version=number, limits=self.limits, scales=scales)
         if charge.behind is not None:
             names = (*get(control.names.remote()), *names_of(contract))
             get(control_of(charge.behind).seat.remote(self.service, names))
-        get(control.deploy.remote(Release(Version(number, scales), contract, self.change.how, gate=golden is not None)))
+        get(control.deploy.remote(Release(Version(number, scales), contract, self.change.how, gate=gate is not None)))
         try:
             with _alone:
                 deployments.deploy(made, application_name(self.service, number))
-            self._follow(number, told, golden, tell, over)
+            self._follow(number, told, gate, tell, over)
         except (DeployError, StoppedError):
             raise
         except (HeadraceError, ray.exceptions.RayError, KeyboardInterrupt) as error:  # nobody is left to bring the version on
@@ -126,30 +136,31 @@ class Deployment:
             with contextlib.suppress(HeadraceError, ray.exceptions.RayError):  # superseded meanwhile, or control is away: `error` says what was wrong
                 get(control.command.remote("abort", why=why, version=number))
             raise
+        return number
 
-    def _follow(self, number: int, told: int, golden: parity.Golden | None, tell: Tell, over: Over) -> None:
+    def _follow(self, number: int, told: int, gate: Callable[[int], None] | None, tell: Tell, over: Over) -> None:
         for event in happenings(self.service, told, over):
             tell(str(event))
             if event.version != number:
                 continue
-            if event.what == "ready" and golden is not None:
-                self._gate(number, golden, tell)
+            if event.what == "ready" and gate is not None:
+                gate(number)
             elif event.what == "promoted":
                 return
-            elif isinstance(self.change.how, Shadow) and event.what == ("gate passed" if golden else "ready"):
+            elif isinstance(self.change.how, Shadow) and event.what == ("gate passed" if gate else "ready"):
                 tell(f"it shadows the version that answers; headrace top {self.service} compares them, headrace rollback {self.service} takes it away")
                 return
             elif event.what in ("failed", "rolled back"):
                 raise DeployError(f"version {number} of {self.service} did not take over: {event.why}")
         raise StoppedError(f"version {number} of {self.service} goes on by itself; headrace rollback {self.service} takes it back")
 
-    def _gate(self, number: int, golden: parity.Golden, tell: Tell) -> None:
+    def _gate(self, pipeline: Pipeline, golden: parity.Golden, tell: Tell, number: int) -> None:
         """Let the candidate compute the golden rows over HTTP, and tell control what came of it."""
         control = control_of(self.service)
         charge: Charge = get(control.charged.remote())
         key = lent_key(charge.behind or self.service)
         with Client(charge.url, key=key, version=number, ca=charge.ca) as client:
-            verdict = parity.gate(self.pipeline, golden, parity.over_http(client, self.pipeline.name))
+            verdict = parity.gate(pipeline, golden, parity.over_http(client, pipeline.name))
         what, *differences = str(verdict).splitlines()
         for line in differences:
             tell(line)

@@ -8,7 +8,7 @@ from headrace.registry.address import Address, is_address
 from headrace.registry.catalog import Figures, Model, Version, figures, model, models, version
 from headrace.registry.gates import Latency, Metric, Parity, golden
 from headrace.registry.origins import Lineage, Origin, lineage
-from headrace.registry.releases import Gate, Move, Outcome, promote, register, rollback
+from headrace.registry.releases import Gate, Move, Outcome, deployed, promote, register, rollback
 from headrace.registry.runs import Run, log_run
 from headrace.registry.versions import Located, fetch, locate, pinned
 
@@ -27,6 +27,7 @@ __all__ = [
     "Parity",
     "Run",
     "Version",
+    "deployed",
     "fetch",
     "figures",
     "golden",

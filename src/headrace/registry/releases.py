@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import GateError, HeadraceError, RegistryError
-from headrace.registry.catalog import GATES, STAGE, Version, registered, version, version_of
+from headrace.pipeline import Pipeline
+from headrace.registry.address import Address, is_address
+from headrace.registry.catalog import GATES, SERVICE, STAGE, Version, registered, version, version_of
 from headrace.registry.connection import changing
 from headrace.registry.folders import MANIFEST, Manifest
 from headrace.registry.runs import Run, log_run
@@ -110,7 +112,7 @@ def promote(name: str, *, gates: Sequence[Gate], to: str = PROD, of: str = CANDI
         GateError: a gate was not passed; the alias is where it was.
         RegistryError: there is no such model, alias or version; or the alias was moved by somebody else while the gates were asked.
     """
-    chosen = version(f"models:/{name}/{of}" if str(of).isdigit() else f"models:/{name}@{of}")
+    chosen = version(f"models:/{name}/{of}" if of.isdigit() else f"models:/{name}@{of}")
     before = _named(name, to)
     outcomes = tuple(_asked(gate, chosen) for gate in gates)
     failed = [one for one in outcomes if not one.passed]
@@ -155,6 +157,18 @@ def rollback(name: str, *, alias: str = PROD) -> Move:
             client.set_registered_model_alias(name, alias, back.version)
             client.set_registered_model_tag(name, FORMER + alias, ",".join(former[:-1]))
     return Move(alias, version(str(back)), now)
+
+
+def deployed(pipeline: Pipeline, service: str, number: int) -> None:
+    """Note with each version that a pinned pipeline names that version `number` of a service has been deployed with it, for `lineage`.
+
+    Raises:
+        RegistryError: the registry is out of reach or refuses.
+    """
+    named = {value for stage in pipeline.stages for value in stage.settings.values() if is_address(value)}
+    for address in [Address.of(uri, "model") for uri in sorted(named)]:
+        with changing(str(address)) as mlflow:
+            mlflow.MlflowClient().set_model_version_tag(address.name, address.version, SERVICE + service, f"version {number}, deployed {_now()}")
 
 
 def _asked(gate: Gate, chosen: Version) -> Outcome:
