@@ -1,4 +1,4 @@
-"""Boosted trees of what is known of a listing and a night.
+"""Boosted trees of what is known of a listing and a night, grown on top of what the network says of its reviews.
 
 headrace train examples/stays/boosted.py --input stays-output/train.parquet --output stays-output/boosted
 """
@@ -6,11 +6,13 @@ headrace train examples/stays/boosted.py --input stays-output/train.parquet --ou
 import dataclasses
 
 import numpy as np
-from inputs import inputs  # the file beside this one
+from inputs import numbers, words  # the files beside this one
+from score import TREES, Hear
+from views import CITY
 
 import headrace as hr
 
-TREES = "trees.txt"  # LightGBM's own format: text, and no code
+prepare = hr.Pipeline("prepare", numbers, words, Hear(model=str(CITY / "network" / "checkpoint")), outputs=["numbers", "heard"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +26,14 @@ def fit(shard, settings, run):
     import lightgbm
 
     rows = shard.table()
-    data = lightgbm.Dataset(np.stack(rows["numbers"].to_pylist()), rows["booked"].to_numpy())
-    before = lightgbm.Booster(model_file=folder / TREES) if (folder := run.resume()) else None
+    data = lightgbm.Dataset(np.stack(rows["numbers"].to_pylist()), rows["booked"].to_numpy(), init_score=rows["heard"].to_numpy())
 
     def grown(now):
         run.report(log_loss=now.evaluation_result_list[0][2])
-        run.checkpoint(lambda folder: now.model.save_model(folder / TREES))
+        run.checkpoint(lambda folder: now.model.save_model(folder / TREES))  # of a few seconds: killed, it grows them again
 
-    options = {"objective": "binary", "learning_rate": settings.lr, "num_leaves": settings.leaves, "min_data_in_leaf": 60, "verbosity": -1}
-    rounds = settings.rounds - (before.num_trees() if before else 0)
-    lightgbm.train(options, data, rounds, valid_sets=[data], init_model=before, callbacks=[grown])
+    options = {"objective": "binary", "learning_rate": settings.lr, "num_leaves": settings.leaves, "min_data_in_leaf": 60, "num_threads": 1, "verbosity": -1}
+    lightgbm.train(options, data, settings.rounds, valid_sets=[data], callbacks=[grown])
 
 
-boosted = hr.Training("boosted", fit, data=inputs, keep=["booked"], settings=Settings())
+boosted = hr.Training("boosted", fit, data=prepare, keep=["booked"], settings=Settings())

@@ -3,17 +3,15 @@
 python examples/stays/dataset.py
 """
 
-import datetime as dt
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from views import CITY, listings, nights, reviews  # the file beside this one
+from inputs import AHEAD  # the files beside this one
+from views import CITY, listings, nights, reviews
 
 import headrace as hr
 
-AHEAD = dt.timedelta(days=14)
 EVERY = 5  # days between the labels of a listing: what is known changes little from one day to the next
 TEST = 0.3
 

@@ -1,4 +1,4 @@
-"""What both models see of a question: the same two stages prepare the rows of a training, of a batch job and of the service.
+"""What the models see of a question: the same two stages prepare the rows of a training, of a batch job and of the service.
 
 headrace explain examples/stays/inputs.py
 """
@@ -17,14 +17,14 @@ Number = hr.Column[float | None]
 @hr.stage(out={"numbers": hr.Vector(12)})
 def numbers(
     night: hr.Column[dt.date],
-    accommodates: Number,
+    accommodates: hr.Column[int | None],
     list_price: Number,
     occupancy_30d: Number,
     occupancy_7d: Number,
     price_30d: Number,
     price_low_30d: Number,
-    reviews: Number,
-    reviews_90d: Number,
+    reviews: hr.Column[int],
+    reviews_90d: hr.Column[int],
     last_review: hr.Column[dt.date | None],
 ):
     year = np.array([2 * np.pi * one.timetuple().tm_yday / 365 for one in night])
@@ -40,4 +40,4 @@ def words(words_0: Number, words_1: Number, words_2: Number, words_3: Number, wo
     return {"words": np.nan_to_num(np.stack([np.asarray(column, "float32") for column in columns], axis=1))}  # of no reviews, zeros
 
 
-inputs = hr.Pipeline("inputs", numbers, words, outputs=["numbers", "words"])
+inputs = hr.Pipeline("inputs", numbers, words)

@@ -5,23 +5,16 @@ headrace train examples/stays/network.py --input stays-output/train.parquet --ou
 
 import dataclasses
 
-from inputs import inputs  # the file beside this one
+from inputs import words  # the files beside this one
+from score import WEIGHTS, net
 
 import headrace as hr
-
-WEIGHTS = "network.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     lr: float = 0.01
     batch: int = 256
-
-
-def net():
-    import torch
-
-    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1), torch.nn.Flatten(0))
 
 
 def fit(shard, settings, run):
@@ -42,4 +35,4 @@ def fit(shard, settings, run):
         run.checkpoint(lambda folder: save_file(model.state_dict(), folder / WEIGHTS))
 
 
-network = hr.Training("network", fit, data=inputs, keep=["booked"], settings=Settings(), epochs=8)
+network = hr.Training("network", fit, data=hr.Pipeline("words", words), keep=["booked"], settings=Settings(), epochs=8)

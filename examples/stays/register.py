@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from boosted import TREES  # the files beside this one
-from network import WEIGHTS
-from score import Score, score
+from score import TREES, WEIGHTS, Score, score  # the files beside this one
 from views import CITY, listings, nights, reviews
 
 from headrace import registry
@@ -37,15 +35,14 @@ def judged(folder: Path) -> dict[str, float]:
     booked = rows["booked"].to_numpy().astype(bool)
     naive = np.full(len(booked), before["booked"].to_numpy().mean())
     known = np.clip(rows["occupancy_30d"].fill_null(naive[0]).to_numpy(), 0.02, 0.98)
-    guesses = {"base_rate": naive, "last_30d": known}
-    for name, share in (("trees", 1.0), ("network", 0.0), ("both", Score.share)):
-        pipeline = score.with_settings(score={"model": str(folder), "share": share})
-        guesses[name] = np.array([row["chance"] for row in pipeline.local(rows.to_pylist())])
-    for name, chance in guesses.items():
-        print(f"  {name:<10} log loss {log_loss(chance, booked):.3f}   AUC {auc(chance, booked):.3f}")
-    loss = {name: log_loss(chance, booked) for name, chance in guesses.items()}
-    gain = 1 - loss["both"] / min(loss["base_rate"], loss["last_30d"])
-    return {"log_loss": loss["both"], "auc": auc(guesses["both"], booked), "gain": gain} | {f"log_loss_{name}": one for name, one in loss.items()}
+    answers = score.with_settings(hear={"model": str(folder)}, score={"model": str(folder)}).local(rows.to_pylist())
+    heard, chance = (np.array([row[name] for row in answers]) for name in ("heard", "chance"))
+    guesses = {"base_rate": naive, "last_30d": known, "network": 1 / (1 + np.exp(-heard)), "trees": chance}
+    for name, one in guesses.items():
+        print(f"  {name:<10} log loss {log_loss(one, booked):.3f}   AUC {auc(one, booked):.3f}")
+    loss = {name: log_loss(one, booked) for name, one in guesses.items()}
+    gain = 1 - loss["trees"] / min(loss["base_rate"], loss["last_30d"])
+    return {"log_loss": loss["trees"], "auc": auc(chance, booked), "gain": gain} | {f"log_loss.{name}": one for name, one in loss.items() if name != "trees"}
 
 
 if __name__ == "__main__":
@@ -60,6 +57,6 @@ if __name__ == "__main__":
         for made in ("boosted", "network"):
             registry.log_run(made, output=str(CITY / made))
         made_from = [*(f"view:{view.name}" for view in VIEWS), *(str(CITY / one) for one in ("boosted", "network", "test.parquet"))]
-        run = registry.log_run("stays", metrics=metrics, settings={"share": Score.share}, inputs=made_from)
+        run = registry.log_run("stays", metrics=metrics, inputs=made_from)
         version = registry.register(folder, "stays", run=run, stage=Score())
     print(f"{100 * metrics['gain']:.1f}% less log loss than the better guess; registered as {version}, @candidate")

@@ -1,4 +1,4 @@
-"""The stage that answers: trees and network together, from a version of the registry. Batch jobs and services load the same files.
+"""The stages that answer: what the network says of the reviews, and the trees on top of it. They load a version of the registry, or a folder.
 
 headrace explain examples/stays/score.py
 """
@@ -6,35 +6,58 @@ headrace explain examples/stays/score.py
 from pathlib import Path
 
 import numpy as np
-from boosted import TREES  # the files beside this one
-from inputs import numbers, words
-from network import WEIGHTS, net
+from inputs import numbers, words  # the file beside this one
 
 import headrace as hr
+
+TREES, WEIGHTS = "trees.txt", "network.safetensors"  # formats without code: LightGBM's own, and safetensors
+
+
+def net():
+    import torch
+
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1), torch.nn.Flatten(0))
+
+
+def located(model: str) -> Path:
+    from headrace import registry
+
+    return registry.fetch(model) if registry.is_address(model) else Path(model)
+
+
+@hr.stage(out={"heard": float}, batch=1024)
+class Hear:
+    """The log odds by the reviews alone."""
+
+    model: str = "models:/stays@prod"
+
+    def setup(self, device: str):
+        from safetensors.torch import load_file
+
+        self.network = net()
+        self.network.load_state_dict(load_file(located(self.model) / WEIGHTS))
+
+    def __call__(self, words: hr.Column[hr.Vector(8)]):
+        import torch
+
+        with torch.inference_mode():
+            return {"heard": self.network(torch.from_numpy(np.array(words))).numpy()}
 
 
 @hr.stage(out={"chance": float}, batch=1024)
 class Score:
-    model: str = "models:/stays@prod"  # or a folder
-    share: float = 0.9  # of the trees; the rest is the network's
+    """The chance by everything: the trees were grown to correct the network."""
+
+    model: str = "models:/stays@prod"
 
     def setup(self, device: str):
         import lightgbm
-        from safetensors.torch import load_file
 
-        from headrace import registry
+        self.trees = lightgbm.Booster(model_file=located(self.model) / TREES)
 
-        folder = registry.fetch(self.model) if registry.is_address(self.model) else Path(self.model)
-        self.trees = lightgbm.Booster(model_file=folder / TREES)
-        self.network = net()
-        self.network.load_state_dict(load_file(folder / WEIGHTS))
-
-    def __call__(self, numbers: hr.Column[hr.Vector(12)], words: hr.Column[hr.Vector(8)]):
-        import torch
-
-        with torch.inference_mode():
-            read = torch.sigmoid(self.network(torch.from_numpy(np.array(words)))).numpy()
-        return {"chance": self.share * self.trees.predict(np.array(numbers), num_threads=1) + (1 - self.share) * read}
+    def __call__(self, numbers: hr.Column[hr.Vector(12)], heard: hr.Column[float]):
+        odds = np.asarray(heard) + self.trees.predict(np.array(numbers), raw_score=True, num_threads=1)
+        return {"chance": 1 / (1 + np.exp(-odds))}
 
 
-score = hr.Pipeline("score", numbers, words, Score(), outputs=["chance"])
+score = hr.Pipeline("score", numbers, words, Hear(), Score(), outputs=["heard", "chance"])
