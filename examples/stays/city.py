@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BEGIN, DAYS = dt.date(2023, 1, 1), 730
+NEWEST = 10  # reviews of a listing that are taken of a real city
 PRAISE = ["Spotless and bright.", "So quiet at night!", "The host was warm and helpful.", "Close to everything.", "A very comfortable bed.", "We will be back."]
 BLAME = ["It was dirty.", "Noise all night long.", "The host never answered.", "Far from everything.", "The bed was hard.", "We will not come back."]
 
@@ -50,7 +51,7 @@ def make(listings: int) -> dict[str, pa.Table]:
 
 
 def take(data: Path, city: str, listings: int) -> dict[str, pa.Table]:
-    """Every so many of a real city's listings. Of reviews the newest 20 of each: embedding all of them takes a while."""
+    """Every so many of a real city's listings, and the newest reviews of each: embedding all of them takes a while."""
     about = pq.read_table(data / "listings.parquet")
     about = about.filter(pc.equal(about["city"].cast(pa.string()), city)).sort_by("listing_id")
     if not about.num_rows:
@@ -60,7 +61,7 @@ def take(data: Path, city: str, listings: int) -> dict[str, pa.Table]:
     calendar, reviews = (one.filter(pc.is_in(one["listing_id"], about["listing_id"].combine_chunks())) for one in (calendar, reviews))
     reviews = reviews.sort_by([("listing_id", "ascending"), ("date", "descending"), ("review_id", "ascending")])
     whom = reviews["listing_id"].to_numpy()
-    return {"listings": about, "calendar": calendar, "reviews": reviews.filter(pa.array(np.arange(len(whom)) - np.searchsorted(whom, whom) < 20))}
+    return {"listings": about, "calendar": calendar, "reviews": reviews.filter(pa.array(np.arange(len(whom)) - np.searchsorted(whom, whom) < NEWEST))}
 
 
 if __name__ == "__main__":
