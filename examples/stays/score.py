@@ -25,7 +25,7 @@ def located(model: str) -> Path:
     return registry.fetch(model) if registry.is_address(model) else Path(model)
 
 
-@hr.stage(out={"heard": float}, batch=1024)
+@hr.stage(out={"heard": float}, on=hr.cpu(0.5), batch=1024)
 class Hear:
     """The log odds by the reviews alone."""
 
@@ -44,7 +44,7 @@ class Hear:
             return {"heard": self.network(torch.from_numpy(np.array(words))).numpy()}
 
 
-@hr.stage(out={"chance": float}, batch=1024)
+@hr.stage(out={"chance": float}, on=hr.cpu(0.5), batch=1024)
 class Score:
     """The chance by everything: the trees were grown to correct the network."""
 

@@ -5,6 +5,7 @@ headrace serve examples/stays/stays.py
 headrace check examples/stays/stays.py --input stays-output/questions.parquet
 """
 
+import dataclasses
 import datetime as dt
 
 from inputs import numbers, words  # the files beside this one
@@ -12,14 +13,21 @@ from score import Hear, Score
 from views import CITY, listings, nights, reviews
 
 import headrace as hr
+from headrace.stage import Stage
 
 STORE = str(CITY / "features.db")  # what publish.py writes; for several machines a Redis
 
+
+def lookup(view: hr.FeatureView, **types: type) -> Stage:
+    """A lookup that asks for a quarter of a core: it waits for the store most of the time, and three of them fit beside the models on a laptop."""
+    return dataclasses.replace(Stage.of(hr.Lookup(view, store=STORE, types={"listing_id": int} | types)), on=(hr.cpu(0.25),))
+
+
 stays = hr.Pipeline(
     "stays",
-    hr.Lookup(listings, store=STORE, types={"listing_id": int, "accommodates": int, "list_price": float}),
-    hr.Lookup(nights, store=STORE, types={"listing_id": int, "price_low_30d": float}),
-    hr.Lookup(reviews, store=STORE, types={"listing_id": int, "last_review": dt.date}),
+    lookup(listings, accommodates=int, list_price=float),
+    lookup(nights, price_low_30d=float),
+    lookup(reviews, last_review=dt.date),
     numbers,
     words,
     Hear(),
