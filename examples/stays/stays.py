@@ -1,6 +1,6 @@
 """How likely a listing is booked on a night, asked 14 days before: the same file scores all listings in a batch, and answers one at a time.
 
-headrace run examples/stays/stays.py --input stays-output/questions.parquet --output stays-output/scored --keep booked
+headrace run examples/stays/stays.py --input stays-output/questions.parquet --output stays-output/scored --keep listing_id,night,booked
 headrace serve examples/stays/stays.py
 headrace check examples/stays/stays.py --input stays-output/questions.parquet
 """
