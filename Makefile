@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BENCH ?=
+LOOP ?=
 FAULTS ?=
 LLM ?= tests/llm tests/test_examples.py
 BIN := .venv/bin
@@ -9,7 +10,7 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo llm-demo test test-llm check bench faults docs clean
+.PHONY: help demo llm-demo loop-demo test test-llm check bench faults docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +20,9 @@ demo: .venv/.ready-demo ## Embed the documentation on this disk, and search it
 
 llm-demo: .venv/.ready-llm ## Serve a tiny language model on this CPU, and talk to it with OpenAI's client
 	$(BIN)/python tools/llm_demo.py
+
+loop-demo: .venv/.ready-dev ## Features, training, registry, batch job and service of a small city (LOOP=--synthetic to make it up in any case)
+	$(BIN)/python tools/loop_demo.py $(LOOP)
 
 test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
 	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"
@@ -42,7 +46,7 @@ bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH=
 
 faults: .venv/.ready-dev ## Kill, fill, freeze and damage; count rows and requests (FAULTS=--record keeps the figures)
 	@sh tools/apt.sh wrk || echo "the test that uses wrk will be skipped"
-	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/properties tests/faults $(FAULTS)
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/properties tests/faults tests/test_examples.py $(FAULTS)
 
 docs: .venv/.ready-dev ## Write docs/reference from the code
 	$(BIN)/python docs/generate.py
