@@ -154,7 +154,6 @@ class Served:
             for reader in self.readers:
                 reader.join()
 
-
     def kill(self) -> None:
         """SIGKILL everything that belongs to it, all at once."""
         assert self.process is not None
