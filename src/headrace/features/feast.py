@@ -204,7 +204,7 @@ def _settings(project: str) -> str:
 
 def _definitions(views: Sequence[FeatureView], types: Sequence[Mapping[str, _Type]], where: str) -> str:
     """Python that Feast reads. All names and texts are written as JSON, which Python reads the same way."""
-    told = lambda value: json.dumps(value, ensure_ascii=True)  # noqa: E731
+    told = json.dumps
     used = sorted({name for typed in types for kind in typed.values() for name in (kind.name, "Array" if kind.many else kind.name)})
     text = ['"""Feature views, written by hr.features.export_feast: do not edit, export again."""', "", "from datetime import timedelta", ""]
     text += ["from feast import Entity, FeatureView, Field, FileSource, ValueType", f"from feast.types import {', '.join(used)}", ""]
