@@ -10,7 +10,7 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo llm-demo loop-demo test test-llm check bench faults docs clean
+.PHONY: help demo llm-demo loop-demo test test-llm test-feast check bench faults docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that st
 
 test-llm: .venv/.ready-llm ## Run the tests that start an LLM engine, on CPUs and tiny models (LLM=FILE runs those of a file)
 	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m llm $(LLM)
+
+test-feast: .venv/.ready-dev ## Run the test of the export to Feast, in an environment that it makes
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m feast tests/feast
 
 check: .venv/.ready-dev ## Check style, types, import rings, and that the reference is up to date
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Feast looks for the newest row of a key that is not after the instant asked for, and knows no windows. So there is a row at every
 instant at which a value changes: when an event becomes known, and when it leaves a window. Between two such instants nothing does,
-and what Feast finds is what `as_of` says.
+and what Feast finds is what `as_of` says. Each key has a row at the beginning of time as well, of what is known when nothing is:
+Feast's own store for files drops labels that lie before all rows of their key.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from headrace.store import Folder
 TIME = "event_timestamp"
 """The column of the exported tables that says from when on a row holds."""
 
+_BEGIN = dt.datetime(1700, 1, 1, tzinfo=dt.UTC)
 _SETTINGS = "feature_store.yaml"
 _BITS = 63  # of nanoseconds since 1970, beyond which pandas, and so Feast, cannot go
 _KEYS = ("Int32", "Int64", "String", "Bytes", "Bool")
@@ -50,8 +52,8 @@ def export_feast(views: FeatureView | Sequence[FeatureView], folder: str, *, pro
 
         hr.features.export_feast([stays, reviews], "feast_repo")
 
-    What Feast then gives for an instant is what the view says, with windows, delay, ttl and defaults; but null, where the view has a
-    default, for keys and instants of which nothing was known ever. It runs in this process, with the events of one view at a time in memory.
+    What Feast then gives for an instant is what the view says, with windows, delay, ttl and defaults; but null, where the view has 0 or
+    a default, for keys of which there are no events. It runs in this process, with the events of one view at a time in memory.
     The two definition files are small; `feature_store.yaml` is yours once it is there, and is left as it is.
 
     Args:
@@ -94,7 +96,8 @@ def changes(view: FeatureView, events: Columns) -> pa.Table:
     rows = np.flatnonzero(there)
     ticks, per_us = ticks[rows], 1000 if unit == "ns" else 1
     last = ((1 << _BITS) - 1) // (1000 // per_us)
-    parts = []
+    begin = pa.array([_BEGIN], pa.timestamp(unit, "UTC")).take(pa.array(np.zeros(len(rows), np.int64)))
+    parts = [pa.table({name: events[name].take(pa.array(rows)) for name in view.key} | {TIME: begin})]
     for later in sorted(_offsets(view)):
         late = later // dt.timedelta(microseconds=1) * per_us
         fits = np.flatnonzero((ticks <= last - late) & (ticks >= -last)) if late <= last else np.zeros(0, np.int64)
@@ -201,7 +204,7 @@ def _settings(project: str) -> str:
 
 def _definitions(views: Sequence[FeatureView], types: Sequence[Mapping[str, _Type]], where: str) -> str:
     """Python that Feast reads. All names and texts are written as JSON, which Python reads the same way."""
-    told = lambda value: json.dumps(value, ensure_ascii=True)  # noqa: E731
+    told = json.dumps
     used = sorted({name for typed in types for kind in typed.values() for name in (kind.name, "Array" if kind.many else kind.name)})
     text = ['"""Feature views, written by hr.features.export_feast: do not edit, export again."""', "", "from datetime import timedelta", ""]
     text += ["from feast import Entity, FeatureView, Field, FileSource, ValueType", f"from feast.types import {', '.join(used)}", ""]

@@ -183,7 +183,7 @@ def _sorting(numbers: Ints) -> Ints | None:
     packed <<= np.uint64(bits)
     packed |= np.arange(len(numbers), dtype=np.uint64)
     packed.sort()
-    places = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
+    places: Ints = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
     if cut:
         packed >>= np.uint64(bits)
         same = packed[1:] == packed[:-1]
@@ -235,7 +235,8 @@ def _dense(label: pa.ChunkedArray, event: pa.ChunkedArray) -> tuple[Ints, Ints, 
 
 def _whole(column: pa.ChunkedArray, null: int, zero: int) -> Ints:
     """Whole numbers, less `zero`."""
-    return (column.cast(pa.int64()).fill_null(null) if column.null_count else column.cast(pa.int64())).to_numpy() - zero
+    whole = column.cast(pa.int64())
+    return np.asarray(whole.fill_null(null) if whole.null_count else whole) - np.int64(zero)
 
 
 def _hashed(label: pa.ChunkedArray, event: pa.ChunkedArray) -> tuple[Ints, Ints, int]:
