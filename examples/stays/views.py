@@ -1,6 +1,6 @@
 """What is known of a listing at any instant, by its own data, its calendar, and what its guests write.
 
-headrace explain examples/stays/views.py
+headrace features examples/stays/views.py::nights --output stays-output/known --local
 """
 
 import functools
