@@ -17,8 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+
+import headrace as hr
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -273,8 +276,6 @@ def test_stays(stays: Path) -> None:
     import score
     import views
 
-    import headrace as hr
-
     told = hr.FeatureView(
         "told",
         views.reviews.source,
@@ -302,6 +303,32 @@ def test_stays(stays: Path) -> None:
     metrics = register.judged(models)
     assert metrics["gain"] > 0.03 and metrics["auc"] > 0.75
     assert metrics["log_loss"] < metrics["log_loss.network"]
+    _served_as_trained(rows, told, models)
+
+
+def _served_as_trained(rows: pa.Table, told: hr.FeatureView, models: Path) -> None:
+    """What the pipeline looks up for a question is what the training set has of it, so the answers are equal."""
+    import score
+    import stays
+    import views
+
+    from headrace.features.reading import read_events
+    from headrace.online_store import publish
+
+    at = max(rows["at"].to_pylist())
+    asked = rows.filter(pc.equal(rows["at"], pa.scalar(at, pa.date32())))
+    now = dt.datetime.combine(at, dt.time(), dt.UTC)
+    known = {view.name: hr.features.latest(view, read_events(view).whole(), at=now) for view in (views.listings, views.nights, told)}
+    known["reviews"] = known.pop("told").join(asked.select(["listing_id", *views.WORDS]), "listing_id", join_type="inner")
+    for view in (views.listings, views.nights, views.reviews):
+        publish(view, known[view.name], stays.STORE, at=now)
+    folder = {"model": str(models)}
+    expected = score.score.with_settings(hear=folder, score=folder).local(asked.to_pylist())
+    questions = [row for row in asked.select(["listing_id", "night"]).to_pylist() if row["listing_id"] in known["reviews"]["listing_id"].to_pylist()]
+    assert len(questions) >= 3
+    found = stays.stays.with_settings(hear=folder, score=folder).local(questions)
+    chances = dict(zip(asked["listing_id"].to_pylist(), (row["chance"] for row in expected), strict=True))
+    assert [row["chance"] for row in found] == pytest.approx([chances[question["listing_id"]] for question in questions])
 
 
 def test_stays_of_a_real_city(stays: Path, tmp_path: Path) -> None:
