@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BEGIN, DAYS = dt.date(2023, 1, 1), 730
-NEWEST = 10  # reviews of a listing that are taken of a real city
+NEWEST = 5  # reviews of a listing that are taken of a real city
 PRAISE = ["Spotless and bright.", "So quiet at night!", "The host was warm and helpful.", "Close to everything.", "A very comfortable bed.", "We will be back."]
 BLAME = ["It was dirty.", "Noise all night long.", "The host never answered.", "Far from everything.", "The bed was hard.", "We will not come back."]
 
