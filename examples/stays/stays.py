@@ -5,7 +5,6 @@ headrace serve examples/stays/stays.py
 headrace check examples/stays/stays.py --input stays-output/questions.parquet
 """
 
-import dataclasses
 import datetime as dt
 
 from inputs import numbers, words  # the files beside this one
@@ -13,14 +12,13 @@ from score import Hear, Score
 from views import CITY, listings, nights, reviews
 
 import headrace as hr
-from headrace.stage import Stage
 
 STORE = str(CITY / "features.db")  # what publish.py writes; for several machines a Redis
 
 
-def lookup(view: hr.FeatureView, **types: type) -> Stage:
-    """A lookup that asks for a quarter of a core: it waits for the store most of the time, and three of them fit beside the models on a laptop."""
-    return dataclasses.replace(Stage.of(hr.Lookup(view, store=STORE, types={"listing_id": int} | types)), on=(hr.cpu(0.25),))
+def lookup(view: hr.FeatureView, **types: type) -> hr.Lookup:
+    """A view's features; `types` are those of the events' columns that they are made of."""
+    return hr.Lookup(view, store=STORE, types={"listing_id": int} | types)
 
 
 stays = hr.Pipeline(

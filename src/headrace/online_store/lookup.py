@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from headrace.columns import ANY, Column, ColumnType, accepts, from_arrow, types_of
 from headrace.errors import DefinitionError, OnlineStoreError, OtherFeaturesError, WrongKeyError, listing, nearest
 from headrace.features import FeatureView, as_of
+from headrace.hardware import cpu
 from headrace.online_store.opening import check_url, open_store
 from headrace.online_store.store import OnlineStore
 from headrace.stage import MARK, NAME, Stage, stage
@@ -219,7 +220,8 @@ class _Spec:
         given: Mapping[str, Any] = vars(kind) if lookup is None else vars(lookup)
         name = "lookup" if lookup is None else given["name"] or f"lookup_{lookup.view.name}"
 
-        @stage(out={"features": float} if lookup is None else lookup.writes, batch=given["batch"], name=name)
+        # It waits for the store most of the time, and several of them are to fit beside the models on a laptop.
+        @stage(out={"features": float} if lookup is None else lookup.writes, batch=given["batch"], name=name, on=[cpu(0.25)])
         class Shape:
             def __call__(self, key: Column[Any]) -> None: ...
 
