@@ -81,8 +81,12 @@ def test_killed_and_given_again_it_goes_on_from_its_checkpoint(command, folder):
     assert np.load(folder / "out/checkpoint/weights.npy") == pytest.approx([2, -3], abs=0.02)
     assert said["cost"]["usd"] > 0
 
-    again = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05")
+    again = command("train", "line.py", "--input", "in.parquet", "--output", "out", "--set", "nap_s=0.05", "--register", "line")
     assert "nothing to do: the training ended before, at step 160" in again.stdout and "loss" in again.stdout
+    assert "registered as models:/line/1, @candidate" in again.stdout, again.stderr
+    shown = command("models", "show", "line")
+    assert "metric loss" in shown.stdout and "setting lr 0.05" in shown.stdout and "weights.npy" not in shown.stdout
+    assert sorted(path.name for path in folder.glob("mlruns/*/*/artifacts/models/*/*")) == ["headrace.json", "weights.npy"]
     listed = command("runs", "out")
     assert "line" in listed.stdout and "succeeded" in listed.stdout
 

@@ -22,6 +22,7 @@ from headrace.formats import Input
 from headrace.ledger import HOME
 from headrace.resume import Mode
 from headrace.settings import override_training
+from headrace.training import Training
 
 _WORKERS = re.compile(r"([0-9]+)(?::([0-9]+))?")
 
@@ -40,6 +41,9 @@ Trials = Annotated[int, typer.Option(min=1, metavar="N", help="With --sweep: how
 Metric = Annotated[
     str, typer.Option(metavar="NAME[:max]", help="With --sweep: what the trials are compared by; the smallest is the best, with :max the largest.")
 ]
+Register = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Log the training to MLflow when it is done, and register what it saved as the next version of a model.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what the output holds, and begin again.")]
 
 
@@ -56,6 +60,7 @@ def train(
     sweep: SweepOption = None,
     trials: Trials = 20,
     metric: Metric = "loss",
+    register: Register = None,
     restart: Restart = False,
     accept_change: AcceptChange = False,
     address: Address = None,
@@ -65,8 +70,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Run a training over files. The same command again goes on from the last checkpoint."""
-    if restart and accept_change:
-        raise SettingError("--restart throws away what --accept-change would keep; give one of them")
+    _check(sweep, register, restart=restart, accept_change=accept_change)
     prices = Prices.parse(price or [])
     training = override_training(load_training(file), set_ or [])
     if workers is not None:
@@ -75,9 +79,8 @@ def train(
         training = dataclasses.replace(training, epochs=epochs)
     source = Input(input, format=format, where=where, limit=limit)
 
-    if sweep and (restart or accept_change):
-        raise SettingError("--sweep goes on with the trials that had not ended; for others, choose an empty folder")
-
+    if sweep and register:
+        raise SettingError("--register is of one training; give the best trial's settings with --set, without --sweep")
     from headrace.on_ray.cluster import connected  # loads ray: a mistake above is told half a second earlier
     from headrace.on_ray.train import Fit
 
@@ -98,6 +101,28 @@ def train(
     elif not quiet:
         print(result.record)
         print(f"saved in {result.checkpoint}" + (f"; more in {output.rstrip('/')}/{HOME}/report.html" if result.record.rows_in else ""))
+    if register:
+        _register(training, register, output=output, checkpoint=result.checkpoint, quiet=quiet or json)
+
+
+def _check(sweep: list[str] | None, register: str | None, *, restart: bool, accept_change: bool) -> None:
+    """Refuse what does not go together."""
+    if restart and accept_change:
+        raise SettingError("--restart throws away what --accept-change would keep; give one of them")
+    if sweep and (restart or accept_change):
+        raise SettingError("--sweep goes on with the trials that had not ended; for others, choose an empty folder")
+    if sweep and register:
+        raise SettingError("--register is of one training; give the best trial's settings with --set, without --sweep")
+
+
+def _register(training: Training, name: str, *, output: str, checkpoint: str, quiet: bool) -> None:
+    from headrace.registry import register_training
+
+    if not checkpoint:
+        raise SettingError(f"--register {name}: training {training.name!r} saved nothing; call run.checkpoint(save) in its loop")
+    version = register_training(training, name, output=output, checkpoint=checkpoint)
+    if not quiet:
+        print(f"registered as {version}, @candidate")
 
 
 def parse_workers(text: str) -> int | tuple[int, int]:

@@ -10,6 +10,7 @@ from headrace.registry.gates import Latency, Metric, Parity, golden
 from headrace.registry.origins import Lineage, Origin, lineage
 from headrace.registry.releases import Gate, Move, Outcome, deployed, promote, register, rollback
 from headrace.registry.runs import Run, log_run
+from headrace.registry.trainings import register_training
 from headrace.registry.versions import Located, fetch, locate, pinned
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "pinned",
     "promote",
     "register",
+    "register_training",
     "rollback",
     "version",
 ]
