@@ -50,6 +50,7 @@ bench: .venv/.ready-dev ## Measure batch embedding beside plain Ray Data (BENCH=
 faults: .venv/.ready-dev ## Kill, fill, freeze and damage; count rows and requests (FAULTS=--record keeps the figures)
 	@sh tools/apt.sh wrk || echo "the test that uses wrk will be skipped"
 	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/properties tests/faults tests/test_examples.py $(FAULTS)
+	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m faults tests/integration
 
 docs: .venv/.ready-dev ## Write docs/reference from the code
 	$(BIN)/python docs/generate.py

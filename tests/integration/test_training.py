@@ -16,7 +16,7 @@ from headrace.errors import ChangedError, HardwareError, OutputError, SourceErro
 from headrace.events import CheckpointSaved, StepsDone, WorkersStarted
 from headrace.on_ray import trainers
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
+pytestmark = [pytest.mark.usefixtures("shared_ray"), pytest.mark.faults]  # a training starts nine processes: these take minutes
 
 ROWS = 2_000
 
