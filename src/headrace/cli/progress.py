@@ -5,44 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from headrace.advice import bottleneck
+from headrace.cli.live_view import BAR, LiveView
 from headrace.cost import Meter, Prices, money
 from headrace.events import Event, ProcessDied, UnitLost
 from headrace.ledger import HOME
 from headrace.report import GroupReport, Report, count, duration, rate
 from headrace.tally import Tally
 
-_PLAIN_EVERY_S = 5.0
-_BAR = 30
 
-
-class Progress:
+class Progress(LiveView[Report]):
     """Watches a run's events; see the `watch` of `headrace.run`."""
 
     def __init__(self, *, quiet: bool = False, prices: Prices | None = None, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        super().__init__(frame, line, quiet=quiet, console=console)
         self.tally = Tally(Meter(prices or Prices()))
         self.unmatched: tuple[str, ...] | None = None
-        self.printed = time.monotonic()
-        live = self.console.is_terminal and not quiet
-        self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True) if live else None
-
-    def __enter__(self) -> Progress:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
 
     def update(self, events: Sequence[Event], total: int | None) -> None:
         """Take in new events and show where the run is."""
@@ -56,12 +40,7 @@ class Progress:
             self.unmatched = self.tally.meter.prices.unmatched(self.tally.meter.machines)
             for name in self.unmatched:
                 self.console.print(f"--price {name}: no machine of the cluster is that, so far", style="yellow", markup=False)
-        now = time.monotonic()
-        if self.live:
-            self.live.update(frame(self._report()))
-        elif now - self.printed >= _PLAIN_EVERY_S:
-            self.printed = now
-            self.console.print(line(self._report()), markup=False, soft_wrap=True)
+        self.show(self._report)
 
     def _report(self) -> Report:
         self.tally.last_s = max(self.tally.last_s, time.time())  # time goes by where nothing happens, too
@@ -87,7 +66,7 @@ def frame(report: Report) -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(report.pipeline, style="bold"),
-        ProgressBar(total=1.0, completed=report.share or 0.0, width=_BAR, complete_style="green", finished_style="green"),
+        ProgressBar(total=1.0, completed=report.share or 0.0, width=BAR, complete_style="green", finished_style="green"),
         Text(f"{report.share:4.0%}" if report.share is not None else "  - "),
         Text(f"{settled:,}" + (f" of {count(report.rows, 'row')}" if report.rows is not None else " rows")),
         Text(", ".join([duration(report.wall_s), _rest(report), *_spent(report)]), style="dim"),

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cli.live_view import BAR, LiveView
 from headrace.cost import Meter, Prices
 from headrace.events import Event, RowsFailed, WorkersStarted
 from headrace.loops.result import Sums, TrainingReport, spent, told
 from headrace.report import count, duration, rate
 from headrace.training import Training
 
-_PLAIN_EVERY_S = 5.0
-_BAR = 30
 
-
-class TrainingProgress:
+class TrainingProgress(LiveView[TrainingReport]):
     """Watches a training's events; see the `watch` of `headrace.train`."""
 
     def __init__(self, training: Training, *, quiet: bool = False, prices: Prices | None = None, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        super().__init__(frame, line, quiet=quiet, console=console)
         self.epochs = training.epochs
         self.sums = Sums(Meter(prices or Prices()))
-        self.printed = time.monotonic()
-        live = self.console.is_terminal and not quiet
-        self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True) if live else None
-
-    def __enter__(self) -> TrainingProgress:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
 
     def update(self, events: Sequence[Event]) -> None:
         """Take in new events and show where the training is."""
@@ -50,12 +34,7 @@ class TrainingProgress:
             if isinstance(event, RowsFailed) and not self.sums.failures:
                 self.console.print(f"rows are left out: {event.causes[0][0]}", style="yellow", markup=False)
         self.sums.add(events)
-        now = time.monotonic()
-        if self.live:
-            self.live.update(frame(self._report()))
-        elif now - self.printed >= _PLAIN_EVERY_S:
-            self.printed = now
-            self.console.print(line(self._report()), markup=False, soft_wrap=True)
+        self.show(self._report)
 
     def _report(self) -> TrainingReport:
         self.sums.last_s = max(self.sums.last_s, time.time())  # time goes by where nothing happens, too
@@ -68,7 +47,7 @@ def frame(report: TrainingReport) -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(report.training, style="bold"),
-        ProgressBar(total=1.0, completed=done, width=_BAR, complete_style="green", finished_style="green"),
+        ProgressBar(total=1.0, completed=done, width=BAR, complete_style="green", finished_style="green"),
         Text(f"step {report.step:,}"),
         Text(", ".join([duration(report.wall_s), *spent(report)]), style="dim"),
     )

@@ -13,9 +13,14 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 """Control characters, those that turn the writing direction among them, and what is no character."""
 
 
-def document(name: str, state: str, body: Iterable[str]) -> str:
-    """The lines of a page's body as a page called `name`, in the colours of `state`."""
+def report(name: str, state: str, body: Iterable[str]) -> str:
+    """The page of a run called `name`, in the colours of its state."""
     style = importlib.resources.files("headrace.console").joinpath("page.css").read_text(encoding="utf-8")
+    return document(f"{text(name)}: {text(state)}", body, style=style, kind=text(state))
+
+
+def document(title: str, body: Iterable[str], *, style: str, kind: str = "") -> str:
+    """The lines of a body as a whole page; `title` is HTML already, `style` its CSS, `kind` the class of its body."""
     lines = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -25,10 +30,10 @@ def document(name: str, state: str, body: Iterable[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
         '<link rel="icon" href="data:,">',
-        f"<title>{text(name)}: {text(state)}</title>",
+        f"<title>{title}</title>",
         f"<style>\n{style}</style>",
         "</head>",
-        f'<body class="{text(state)}">',
+        f'<body class="{kind}">' if kind else "<body>",
         "<main>",
         *(line for line in body if line),
         "</main>",
@@ -38,10 +43,10 @@ def document(name: str, state: str, body: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text(words: str, *, most: int = _LONGEST) -> str:
+def text(words: str, *, most: int | None = _LONGEST) -> str:
     """Text that somebody else wrote, fit for HTML, attributes included; it cannot turn the direction of what stands beside it for good."""
     words = _UNPRINTABLE.sub("\ufffd", words)
-    return html.escape(words if len(words) <= most else words[: most - 1] + "…")
+    return html.escape(words if most is None or len(words) <= most else words[: most - 1] + "…")
 
 
 def safe(words: str) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from headrace.advice import bottleneck
+from headrace.console import html as pages
 from headrace.console.charts import Curve, bar, percent, plot, stack
-from headrace.console.html import document, safe, text
+from headrace.console.html import safe, text
 from headrace.cost import Cost, money
 from headrace.ledger import LETTERS
 from headrace.report import GroupReport, Report, count, duration, rate, size
@@ -39,7 +40,7 @@ def page(report: Report, *, plan: str = "") -> str:
         *_plan(plan),
         *_footer(report),
     ]
-    return document(name, report.state, body)
+    return pages.report(name, report.state, body)
 
 
 def _head(report: Report, name: str) -> list[str]:

@@ -7,7 +7,7 @@ import re
 
 from headrace.errors import DefinitionError
 
-_UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds", "ms": "milliseconds"}
+_UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "min": "minutes", "s": "seconds", "ms": "milliseconds"}
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 

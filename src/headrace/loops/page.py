@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
+from headrace.console import html as pages
 from headrace.console.charts import Curve, plot, stack
-from headrace.console.html import document, safe, text
+from headrace.console.html import safe, text
 from headrace.cost import money
 from headrace.loops.result import Point, TrainingReport
 from headrace.report import count, duration, rate
@@ -20,7 +21,7 @@ def page(report: TrainingReport) -> str:
     """The page as HTML."""
     name = report.training or "a training"
     body = [*_head(report, name), *_figures(report), *_speed(report), *_curves(report), *_failures(report), *_money(report), *_footer(report)]
-    return document(name, report.state, body)
+    return pages.report(name, report.state, body)
 
 
 def _head(report: TrainingReport, name: str) -> list[str]:

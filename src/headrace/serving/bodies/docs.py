@@ -6,17 +6,14 @@ page's own policy forbids them, and every request.
 
 from __future__ import annotations
 
-import html
 import importlib.resources
 import json
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Control characters, those that turn the writing direction among them, and what is no character."""
+from headrace.console import html as pages
+
 _URL = "http://127.0.0.1:8000"
 _LONGEST = 600  # characters of an example that is shown in full
 _FORMS = {
@@ -81,31 +78,12 @@ def page(document: Mapping[str, Any]) -> str:
         ),
         '<footer>For programs: <a href="/openapi.json">/openapi.json</a>, which this page was made from.</footer>',
     ]
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        '<link rel="icon" href="data:,">',
-        f"<title>{_text(info['title'])}</title>",
-        f"<style>\n{style}</style>",
-        "</head>",
-        "<body>",
-        "<main>",
-        *body,
-        "</main>",
-        "</body>",
-        "</html>",
-    ]
-    return "\n".join(lines) + "\n"
+    return pages.document(_text(info["title"]), body, style=style)
 
 
 def _text(text: Any) -> str:
     """Text that somebody else wrote, fit for HTML, attributes included."""
-    return html.escape(_UNPRINTABLE.sub("\ufffd", str(text)))
+    return pages.text(str(text), most=None)
 
 
 def _safe(text: str) -> str:
