@@ -255,6 +255,8 @@ def stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that the files of examples/stays work in, with a small city in it; the files themselves can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(STAYS[0].parent))
+    for path in STAYS:
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)  # a file of a test before may have had the name
     import city
 
     output = tmp_path / "stays-output"
