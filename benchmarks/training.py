@@ -36,7 +36,7 @@ class Settings:
     batch: int = 512
 
 
-@hr.stage(out={"x": hr.Vector(WIDTH)})
+@hr.stage(out={"x": hr.Vector(WIDTH)}, batch=1024)
 class Prepare:
     us_per_row: float = 0.0
 

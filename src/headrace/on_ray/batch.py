@@ -11,7 +11,7 @@ import ray
 from headrace import resume
 from headrace.batching import Tokens
 from headrace.on_ray import compat
-from headrace.on_ray.operators import EventLog, Functions, Reader, Replica, pack
+from headrace.on_ray.operators import EventLog, Finish, Functions, Reader, Replica, pack
 from headrace.plan import Group, Plan
 from headrace.resume import Todo
 from headrace.state import State
@@ -23,29 +23,30 @@ _BLOCKS_PER_REPLICA = 6
 _UNSORTED_ROWS = 16  # rows that are taken for a slice where a rule counts rows: a stage may sort them itself
 
 
-def lower(plan: Plan, source: Source, *, todo: Todo | None = None, log: Any = None) -> compat.Dataset:
+def lower(plan: Plan, source: Source, *, todo: Todo | None = None, log: Any = None, most_rows: int = 4096, finish: Finish | None = None) -> compat.Dataset:
     """The plan over the source as a native dataset: a reading operator, then one operator per group.
 
     Functions become tasks, models become actor pools between the plan's bounds, each with resources of its own, so that
     what prepares the input of a model runs beside it. Go on with Ray's own API from here, if you like: the rows have the
     hidden columns of `headrace.lineage`, and a row that failed has a fault there. `todo` are the rows to run, all when left
-    out; `log` is an `EventLog` actor, one of its own when left out.
+    out; `log` is an `EventLog` actor, one of its own when left out. Blocks that a model gets have at most `most_rows` rows, and
+    `finish` is called with every block of the last operator.
     """
     if todo is None:
         todo = resume.todo(State(request={}, facts={}, units="", unreadable=dict(source.unreadable)), source.units)
     log = log or EventLog.remote()  # type: ignore[attr-defined]
     count = _count(todo)
-    rows = block_rows(plan, source, count=count)
+    rows = block_rows(plan, source, count=count, most=most_rows)
     dataset: compat.Dataset = ray.data.from_arrow(pack(todo, rows))
     # The readers get their units task by task, so the source itself travels without them.
-    reader = Reader(dataclasses.replace(source, units=()), plan.source, rows, log)
+    reader = Reader(dataclasses.replace(source, units=()), plan.source, rows, log, None if plan.groups else finish)
     # Ray fuses these two into one operator. Its block rule is a number of bytes, which would leave one block of 8,192
     # reviews, and one actor busy; a number of rows gives every replica its share.
     dataset = dataset.map_batches(reader, batch_size=None, batch_format="pyarrow").repartition(target_num_rows_per_block=rows)
     for group in plan.groups:
         # A model after a function needs no fence: the function has one, and a second would make the two alike again.
         fence = compat.fence() if group.replicas is None or group is plan.groups[0] else {}
-        dataset = _operator(dataset, group, count, rows, log, fence)
+        dataset = _operator(dataset, group, count, rows, log, fence, finish if group is plan.groups[-1] else None)
     return dataset
 
 
@@ -55,7 +56,7 @@ def _count(todo: Todo) -> int | None:
     return sum(stop - start for start, stop in stops if stop is not None) if all(stop is not None for _, stop in stops) else None
 
 
-def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: int, log: Any, fence: dict[str, Any]) -> compat.Dataset:
+def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: int, log: Any, fence: dict[str, Any], finish: Finish | None) -> compat.Dataset:
     hardware, kind = group.choice.hardware, group.choice.kind
     options: dict[str, Any] = {"num_cpus": hardware.cpus, **fence}
     if hardware.gpus:
@@ -67,7 +68,7 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
     options |= dict(group.stages[0].ray)
     size = rows if options.get("num_gpus") else None  # whole blocks; beside accelerators Ray insists on a number
     if group.replicas is None:
-        return dataset.map_batches(Functions(group, log), batch_size=size, batch_format="pyarrow", **options)
+        return dataset.map_batches(Functions(group, log, finish), batch_size=size, batch_format="pyarrow", **options)
     least, most = group.replicas
     useful = most if count is None else min(most, max(1, math.ceil(count / rows)))
     # See Replica. What waits for something else is given a second block, so that it has work while the first one's last rows are done.
@@ -80,10 +81,11 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
         max_concurrent_calls_per_actor=at_once,
         enable_true_multi_threading=at_once > 1,
     )
-    return dataset.map_batches(Replica, fn_constructor_kwargs={"group": group, "log": log}, compute=pool, batch_size=size, batch_format="pyarrow", **options)
+    given = {"group": group, "log": log, "finish": finish}
+    return dataset.map_batches(Replica, fn_constructor_kwargs=given, compute=pool, batch_size=size, batch_format="pyarrow", **options)
 
 
-def block_rows(plan: Plan, source: Source, *, count: int | None) -> int:
+def block_rows(plan: Plan, source: Source, *, count: int | None, most: int = 4096) -> int:
     """Rows per block of a run over `count` rows: large enough to sort by length within, small enough to share out and to hold.
 
     Sorted within n rows and cut into slices of s, about s / n of the tokens are padding (measured on reviews: 9 % for 13 / 167,
@@ -98,7 +100,7 @@ def block_rows(plan: Plan, source: Source, *, count: int | None) -> int:
         call_rows = max(stage.concurrency * _slice_rows(stage.batch, source) for stage in stages)
         slice_rows = max(_slice_rows(s.batch, source) if isinstance(s.batch, Tokens) else min(_UNSORTED_ROWS, s.batch.count) for s in stages)
         best = 8 * call_rows if count is None else math.isqrt(2 * slice_rows * count // replicas)
-        ideal = min(4096, max(best, min(512, 2 * call_rows)))
+        ideal = min(most, max(best, min(512, 2 * call_rows)))
     if count is not None:
         ideal = min(ideal, math.ceil(count / (_BLOCKS_PER_REPLICA * replicas)))
     return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes), _HEAVIEST_BLOCK_BYTES // max(1, source.heaviest_bytes)))

@@ -88,7 +88,7 @@ def _tables() -> Iterator[pa.Table]:
 
 
 class Settled:
-    """The last step before the workers: rows that failed are told of and left out, the others put into the epoch's order."""
+    """The end of the last step before the workers: rows that failed are told of and left out, the others put into the epoch's order."""
 
     def __init__(self, log: Any, *, shuffle: bool, seed: int) -> None:
         self.log, self.shuffle, self.seed = log, shuffle, seed

@@ -7,7 +7,7 @@ import pickle
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +29,9 @@ from headrace.worker import Worker
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
+
+Finish = Callable[[pa.Table], pa.Table]
+"""What the last operator does with each of its blocks; the next operator would take a task and a copy for each."""
 
 _READER_DEATHS = 4  # of processes reading the same unit, until it is given up; fewer may be a machine's own trouble
 
@@ -91,8 +94,8 @@ class Journal:
 class Reader:
     """Read the rows named in a block, as blocks of `block_rows` rows with their lineage. What cannot be read is reported."""
 
-    def __init__(self, source: Source, wanted: dict[str, ColumnType], block_rows: int, log: Any) -> None:
-        self.source, self.wanted, self.block_rows, self.log = source, wanted, block_rows, log
+    def __init__(self, source: Source, wanted: dict[str, ColumnType], block_rows: int, log: Any, finish: Finish | None = None) -> None:
+        self.source, self.wanted, self.block_rows, self.log, self.finish = source, wanted, block_rows, log, finish
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         journal = Journal(self.log)
@@ -117,7 +120,7 @@ class Reader:
         started = time.perf_counter()
         for data in tables:
             self.log.add.remote(BlockDone(READER, data.num_rows, time.perf_counter() - started, 0, 0))
-            yield data
+            yield data if self.finish is None else self.finish(data)
             started = time.perf_counter()
 
     def _lost(self, scan: Todo, why: str) -> None:
@@ -148,22 +151,23 @@ def pack(todo: Todo, block_rows: int) -> list[pa.Table]:
 class Functions:
     """A group of functions, as the body of a task."""
 
-    def __init__(self, group: Group, log: Any) -> None:
-        self.group, self.log = group, log
+    def __init__(self, group: Group, log: Any, finish: Finish | None = None) -> None:
+        self.group, self.log, self.finish = group, log, finish
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if not block.num_rows:
             return block
         worker = Worker(self.group.stages, group=self.group.name, overlap=False, emit=self.log.add.remote, guard=Journal(self.log))
-        return worker(block, self.group.carries)
+        done = worker(block, self.group.carries)
+        return done if self.finish is None else self.finish(done)
 
 
 class Replica:
     """A group with a model, as an actor: set up once, then called with block after block."""
 
-    def __init__(self, group: Group, log: Any) -> None:
+    def __init__(self, group: Group, log: Any, finish: Finish | None = None) -> None:
         started = time.perf_counter()
-        self.carries = group.carries
+        self.carries, self.finish = group.carries, finish
         self.failed: HeadraceError | None = None
         self.readings: Readings | None = None
         expendable.declare()
@@ -192,7 +196,7 @@ class Replica:
         done = self.worker(block, self.carries) if block.num_rows else block
         if self.readings is not None:
             self.readings.tell()
-        return done
+        return done if self.finish is None else self.finish(done)
 
 
 def limit_threads(count: int) -> None:

@@ -55,6 +55,7 @@ _ABOUT = f"{HOME}/training.json"
 _MODES = (Mode.RESUME, Mode.ACCEPT_CHANGE, Mode.RESTART)
 _ALL = 1 << 62  # rows: counted to the last
 _LOOK_S = 0.5
+_BLOCK_ROWS = 16_384  # a loop takes rows faster than a model of a job does, and what Ray does for each block would not keep up
 _CLAIMED = 20  # looks between two whether the output is still this run's
 
 Watch = Callable[[Sequence[Event]], object]
@@ -332,7 +333,7 @@ def _rows(plan: Plan, source: Source, training: Training, home: Place, log: Any)
         if not todo:
             return ray.data.from_arrow(pa.table({name: pa.array([], pa.null()) for name in plan.columns}))
         settled = Settled(log, shuffle=training.shuffle, seed=training.seed)
-        return lower(plan, source, todo=todo, log=log).map_batches(settled, batch_size=None, batch_format="pyarrow", num_cpus=0)
+        return lower(plan, source, todo=todo, log=log, most_rows=_BLOCK_ROWS, finish=settled)
 
 
 def _told(error: trainers.TrainingFailedError) -> HeadraceError:
