@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+import headrace as hr
 from headrace.errors import ServingError, SettingError
 from headrace.serving.release.versions import Canary, Rolling, Shadow
 
@@ -52,6 +53,24 @@ def test_how_a_version_takes_over():
     for text in ("0", "120%", "half"):
         with pytest.raises(SettingError, match="--canary"):
             options.takeover(text, None)
+
+
+def test_only_aliases_can_be_followed():
+    @hr.stage(out={"length": int})
+    class Measure:
+        model: str = "models:/measure@prod"
+
+        def __call__(self, text: hr.Column[str]):
+            return {"length": [len(one) for one in text]}
+
+    assert options.followed(None, []) is None
+    assert options.followed("2min", [hr.Pipeline("measure", Measure())]) == 120.0
+    with pytest.raises(SettingError, match="--follow 'often' must be a time"):
+        options.followed("often", [hr.Pipeline("measure", Measure())])
+    with pytest.raises(
+        SettingError, match=r"no setting of 'measure' names a model by an alias, such as models:/name@prod; it has \"measure.model='models:/measure/3'\""
+    ):
+        options.followed("1min", [hr.Pipeline("measure", Measure(model="models:/measure/3"))])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])

@@ -20,6 +20,7 @@ from headrace.cli.options import (
     Deadline,
     Doors,
     Files,
+    Follow,
     Host,
     Idle,
     Keys,
@@ -31,7 +32,7 @@ from headrace.cli.options import (
     Verbose,
     check_behind,
 )
-from headrace.cli.serve import SPOKEN_S, Shown, check_name, opened, replica_bounds, seconds, share, takeover, tell
+from headrace.cli.serve import SPOKEN_S, Shown, check_name, followed, opened, replica_bounds, seconds, share, takeover, tell
 from headrace.errors import ServiceError, SettingError, listing
 from headrace.speech import EMBEDDINGS
 
@@ -92,6 +93,7 @@ def llm(
     allow_no_keys: AllowNoKeys = False,
     doors: Doors = 2,
     canary: CanaryShare = None,
+    follow: Follow = None,
     address: Address = None,
     log: Log = None,
     verbose: Verbose = False,
@@ -106,6 +108,7 @@ def llm(
     shown = Shown(host, port, doors, tls, keys, allow_no_keys, log)
     shown.check(accounts)
     pipelines = made(models, name or [], lora=lora, on=hardware(device, gpus, cpus), engine=engine_arguments(engine or []), embed=embed, size=size)
+    follow_s = followed(follow, pipelines)
     from headrace.serving.routes import Limits
 
     deadline_s = SPOKEN_S if deadline is None else seconds(deadline, "--deadline")
@@ -115,7 +118,7 @@ def llm(
     from headrace.on_ray.service import Service, Where, serve
 
     where, bounds, face = Where(address, None, verbose), Bounds({"": bounds_of}, target_in_flight, idle_s), shown.face(opening)
-    services = [Service(pipeline, pipeline.name, where, face, limits, bounds, Change(how), behind) for pipeline in pipelines]
+    services = [Service(pipeline, pipeline.name, where, face, limits, bounds, Change(how, follow_s=follow_s), behind) for pipeline in pipelines]
     serve(*services, tell=tell, ready=lambda standing: greet(standing, began_s))
 
 

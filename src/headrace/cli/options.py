@@ -67,6 +67,12 @@ Doors = Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Processes 
 CanaryShare = Annotated[
     str | None, typer.Option("--canary", metavar="SHARE", help="Give the new version this share of requests, more as it proves no worse, or take it back.")
 ]
+Follow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="How often, such as 1min, to see whether a registry's alias in a setting has moved; what it names then comes in as a canary."
+    ),
+]
 ShadowShare = Annotated[str | None, typer.Option("--shadow", metavar="SHARE", help="Mirror this share of requests to the new version, and answer none by it.")]
 Gate = Annotated[Path | None, typer.Option(metavar="FILE", help="Rows that the new version must compute as this process does before it answers.")]
 Behind = Annotated[

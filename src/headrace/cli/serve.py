@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from headrace.cli.options import (
     Doors,
     File,
     Files,
+    Follow,
     Gate,
     Host,
     Idle,
@@ -45,12 +47,13 @@ from headrace.cli.options import (
     Verbose,
     check_behind,
 )
-from headrace.errors import ServingError, SettingError
+from headrace.errors import ServingError, SettingError, listing
 from headrace.settings import override
 
 if TYPE_CHECKING:
     from headrace.gateway.openai.opening import Opening
     from headrace.on_ray.service import Face
+    from headrace.pipeline import Pipeline
     from headrace.serving.release.versions import How
 
 SPOKEN_S = 600.0
@@ -88,6 +91,7 @@ def serve(
     canary: CanaryShare = None,
     shadow: ShadowShare = None,
     gate: Gate = None,
+    follow: Follow = None,
     set_: Set = None,
     address: Address = None,
     log: Log = None,
@@ -104,6 +108,9 @@ def serve(
     pipeline = override(load(file), set_ or [])
     service = name or pipeline.name
     check_name(service, "--name")
+    if follow and shadow:
+        raise SettingError("--shadow is about a version that answers nothing, and --follow about those that are to answer; give one of them")
+    follow_s = followed(follow, [pipeline])
     from headrace.serving.bodies.openapi import contract
     from headrace.serving.routes import Limits
 
@@ -117,7 +124,7 @@ def serve(
 
     where = Where(address, Path(file.partition("::")[0]).resolve().parent, verbose)
     bounds = Bounds(replicas_of, target_in_flight, idle_s)
-    begin(Service(pipeline, service, where, shown.face(opening), limits, bounds, Change(how, gate), behind), tell=tell)
+    begin(Service(pipeline, service, where, shown.face(opening), limits, bounds, Change(how, gate, follow_s), behind), tell=tell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,24 @@ def takeover(canary: str | None, shadow: str | None) -> How:
     if canary:
         return Canary(share=share(canary, "--canary"))
     return Shadow(share=share(shadow, "--shadow")) if shadow else Rolling()
+
+
+def followed(follow: str | None, pipelines: Sequence[Pipeline]) -> float | None:
+    """Seconds between two looks at the aliases that settings name.
+
+    Raises:
+        SettingError: it is no time, or a pipeline names no alias.
+    """
+    if follow is None:
+        return None
+    every_s = seconds(follow, "--follow")
+    from headrace.registry import aliases  # not before it is needed
+
+    for pipeline in pipelines:
+        if not any(aliases(stage.settings, f"stage {stage.name!r}") for stage in pipeline.stages):
+            named = [f"{stage.name}.{name}={value!r}" for stage in pipeline.stages for name, value in stage.settings.items() if isinstance(value, str)]
+            raise SettingError(f"--follow: no setting of {pipeline.name!r} names a model by an alias, such as models:/name@prod; it has {listing(named)}")
+    return every_s
 
 
 def exposed(host: str, *, keys: bool, allow_no_keys: bool) -> None:

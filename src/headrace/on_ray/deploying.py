@@ -46,10 +46,14 @@ _alone = threading.Lock()  # of deploying: modules are looked through, and Serve
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How a version takes over: by and by, as a canary or as a shadow, and the golden rows that it must get right first."""
+    """How a version takes over: by and by, as a canary or as a shadow, and the golden rows that it must get right first.
+
+    With `follow_s`, whoever deploys it stays, and looks so often whether aliases that its settings name have moved.
+    """
 
     how: How = field(default_factory=Rolling)
     gate: Path | None = None
+    follow_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class Deployment:
     change: Change
     cluster: Cluster
 
-    def run(self, tell: Tell, *, over: Over) -> None:
+    def run(self, tell: Tell, *, over: Over) -> Deployed:
         """Deploy it, and follow it until it answers, or until `over`.
 
         Raises:
@@ -107,6 +111,7 @@ class Deployment:
             registry.deployed(pipeline, self.service, number)
         except RegistryError as error:
             tell(f"it answers; but the registry could not note that, and headrace lineage will not show it: {error}")
+        return Deployed(self, pipeline, number)
 
     def _deploy(self, pipeline: Pipeline, tell: Tell, over: Over) -> int:
         """The number of the version that answers."""
@@ -167,7 +172,16 @@ class Deployment:
         get(control.command.remote("gate_failed" if verdict.differences else "gate_passed", version=number, why=what))
 
 
-def run_together(deployments: Sequence[Deployment], tell: Tell, *, over: Over) -> None:
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A deployment, its pipeline with the versions that aliases meant at that time, and the number that it has in its service."""
+
+    deployment: Deployment
+    pipeline: Pipeline
+    number: int
+
+
+def run_together(deployments: Sequence[Deployment], tell: Tell, *, over: Over) -> list[Deployed]:
     """Deploy several at once, and follow them until all answer, or until `over`.
 
     Raises:
@@ -176,18 +190,19 @@ def run_together(deployments: Sequence[Deployment], tell: Tell, *, over: Over) -
     """
     failed = threading.Event()
 
-    def run(one: Deployment) -> None:
+    def run(one: Deployment) -> Deployed:
         said = tell if len(deployments) == 1 else functools.partial(_tell_of, one.service, tell)
         try:
-            one.run(said, over=lambda: over() or failed.is_set())
+            return one.run(said, over=lambda: over() or failed.is_set())
         finally:
             if sys.exception() is not None:
                 failed.set()
 
     with concurrent.futures.ThreadPoolExecutor(len(deployments)) as pool:
-        errors = [error for run in [pool.submit(run, one) for one in deployments] if (error := run.exception()) is not None]
-    if errors:
+        runs = [pool.submit(run, one) for one in deployments]
+    if errors := [error for one in runs if (error := one.exception()) is not None]:
         raise min(errors, key=lambda error: isinstance(error, StoppedError))  # those that stopped because another one failed come last
+    return [one.result() for one in runs]
 
 
 def _tell_of(service: str, tell: Tell, text: str) -> None:

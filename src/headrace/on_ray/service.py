@@ -22,8 +22,9 @@ from headrace.hardware import Cluster
 from headrace.on_ray import cluster, compat, deployments
 from headrace.on_ray.backstage import Backstage
 from headrace.on_ray.control import Charge, Control
-from headrace.on_ray.deploying import Deployment, Tell, get, happenings, run_together
+from headrace.on_ray.deploying import Deployed, Deployment, Tell, get, happenings, run_together
 from headrace.on_ray.doors import FrontDoor, Listening
+from headrace.on_ray.following import Follower
 from headrace.on_ray.intent import Face, Service, Standing, Where
 from headrace.on_ray.naming import NAMESPACE, control_name, control_of, door_name
 from headrace.serving import place
@@ -48,8 +49,8 @@ def serve(service: Service, *others: Service, tell: Tell, ready: Ready | None = 
 
     `others` are served with it, as guests of it, or of the service that it is `behind` itself. On a Ray that is started for it, a new service
     runs until this process is told to stop (SIGINT, SIGTERM); requests that were taken are answered before it ends. On a cluster that is
-    joined, or behind another service, it goes on after this returns. `tell` is called with a line for all that happens, and `ready` when all
-    answer, in place of lines that say where.
+    joined, or behind another service, it goes on after this returns, which it does at once, or, if it follows aliases (`Change.follow_s`), when
+    told to stop. `tell` is called with a line for all that happens, and `ready` when all answer, in place of lines that say where.
 
     Raises:
         DeployError: a version did not take over, and why.
@@ -62,19 +63,22 @@ def serve(service: Service, *others: Service, tell: Tell, ready: Ready | None = 
             with cluster.connected(where.joins, folder=where.folder, verbose=where.verbose) as has:
                 stopped.listen()
                 if host in (running := _running()):
-                    _announce(_settle(services, has, tell, stopped), tell, ready)
+                    standing, versions = _settle(services, has, tell, stopped)
                 elif service.behind is not None:
                     raise place.unknown(host, running)
                 else:
                     with _reserved(service.face.host, service.face.port) as port:
-                        _announce(_begin(services, has, port, "", tell, stopped), tell, ready)
+                        standing, versions = _begin(services, has, port, "", tell, stopped)
+                _announce(standing, tell, ready)
+                _follow(versions, tell, stopped)
         elif running_here := place.find(host):
             with cluster.entered(cluster.Entry(running_here.address, running_here.token), verbose=where.verbose):
                 stopped.listen()
-                standing = _settle(services, cluster.describe(spare_cpus=(PROMISES - 1) * compat.cores()), tell, stopped)
+                standing, versions = _settle(services, cluster.describe(spare_cpus=(PROMISES - 1) * compat.cores()), tell, stopped)
                 for one in standing.new:
                     place.write(dataclasses.replace(running_here, service=one.name, drain_s=one.limits.deadline_s, behind=host))
                 _announce(standing, tell, ready)
+                _follow(versions, tell, stopped)
         elif service.behind is not None:
             raise place.unknown(host, [one.service for one in place.known()])
         else:
@@ -129,7 +133,7 @@ def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped:
         has = during.enter_context(cluster.connected(verbose=host.where.verbose, promises=PROMISES, urgent=True))
         stopped.listen()
         pipes = during.enter_context(Pipes(face.doors, sys.stdout.buffer)) if face.log else None
-        standing = _begin(services, has, port, pipes.pattern if pipes else "", tell, stopped)
+        standing, versions = _begin(services, has, port, pipes.pattern if pipes else "", tell, stopped)
         entry = cluster.entry()
         for one in services:
             here = place.here(one.name, address=entry.address, token=entry.token, url=standing.url, drain_s=one.limits.deadline_s, behind=one.behind or "")
@@ -141,6 +145,9 @@ def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped:
             narrator = threading.Thread(target=_narrate, args=(guest.name, tell, stopped), name=f"headrace-{guest.name}", daemon=True)
             narrator.start()
             during.callback(narrator.join, _NARRATED_S)
+        follower = threading.Thread(target=_follow, args=(versions, tell, stopped, False), name="headrace-aliases", daemon=True)
+        follower.start()
+        during.callback(follower.join, _NARRATED_S)
         for event in happenings(host.name, get(control_of(host.name).latest.remote())[1], stopped.is_set):
             tell(str(event))
         _drain(host.name, tell)
@@ -160,7 +167,17 @@ def _narrate(guest: str, tell: Tell, stopped: _Stop) -> None:
             tell(f"{guest}: {event}")
 
 
-def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell: Tell, stopped: _Stop) -> Standing:
+def _follow(versions: Sequence[Deployed], tell: Tell, stopped: _Stop, narrated: bool = True) -> None:
+    """Follow the aliases of those that are to be followed, until told to stop. What a version goes through on its way is told unless others do that."""
+    followers = [Follower(one, one.deployment.change.follow_s) for one in versions if one.deployment.change.follow_s is not None]
+    threads = [threading.Thread(target=one.run, args=(tell, stopped.wait, narrated), name="headrace-alias", daemon=True) for one in followers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell: Tell, stopped: _Stop) -> tuple[Standing, list[Deployed]]:
     """Start control, doors and the first version of a service, and its guests."""
     host, face = services[0], services[0].face
     url = face.url(port, compat.node_address())
@@ -179,7 +196,7 @@ def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell
         return _deploy(services, services, charge, has, tell, stopped)
 
 
-def _settle(services: Sequence[Service], has: Cluster, tell: Tell, stopped: _Stop) -> Standing:
+def _settle(services: Sequence[Service], has: Cluster, tell: Tell, stopped: _Stop) -> tuple[Standing, list[Deployed]]:
     """Bring versions of services to where the first one of them, or its host, runs; those that are new there, as guests."""
     host = services[0].behind or services[0].name
     charge: Charge = get(control_of(host).charged.remote())
@@ -204,11 +221,10 @@ def _settle(services: Sequence[Service], has: Cluster, tell: Tell, stopped: _Sto
         return _deploy(services, new, charge, has, tell, stopped)
 
 
-def _deploy(services: Sequence[Service], new: Sequence[Service], charge: Charge, has: Cluster, tell: Tell, stopped: _Stop) -> Standing:
+def _deploy(services: Sequence[Service], new: Sequence[Service], charge: Charge, has: Cluster, tell: Tell, stopped: _Stop) -> tuple[Standing, list[Deployed]]:
     """Bring all versions to where they answer."""
-    versions = [Deployment(one.pipeline, one.name, one.limits, one.bounds, one.change, has) for one in services]
-    run_together(versions, tell, over=stopped.is_set)
-    return Standing(tuple(services), tuple(new), charge.url, charge.service, charge.ca, charge.keys is not None or charge.guarded)
+    versions = run_together([Deployment(one.pipeline, one.name, one.limits, one.bounds, one.change, has) for one in services], tell, over=stopped.is_set)
+    return Standing(tuple(services), tuple(new), charge.url, charge.service, charge.ca, charge.keys is not None or charge.guarded), versions
 
 
 def _announce(standing: Standing, tell: Tell, ready: Ready | None) -> None:

@@ -11,7 +11,7 @@ from headrace.registry.origins import Lineage, Origin, lineage
 from headrace.registry.releases import Gate, Move, Outcome, deployed, promote, register, rollback
 from headrace.registry.runs import Run, log_run
 from headrace.registry.trainings import register_training
-from headrace.registry.versions import Located, fetch, locate, pinned
+from headrace.registry.versions import Located, aliases, fetch, locate, pinned
 
 __all__ = [
     "Address",
@@ -28,6 +28,7 @@ __all__ = [
     "Parity",
     "Run",
     "Version",
+    "aliases",
     "deployed",
     "fetch",
     "figures",

@@ -81,6 +81,15 @@ def pinned(settings: Mapping[str, Any], where: str) -> dict[str, str]:
     return {name: str(locate(value, f"{where}: {name}")) for name, value in settings.items() if is_address(value)}
 
 
+def aliases(settings: Mapping[str, Any], where: str) -> list[str]:
+    """Those of the settings that name registered models by an alias: `["models:/name@prod"]`. No registry is asked.
+
+    Raises:
+        SettingError: a setting begins like such a name, and is none.
+    """
+    return [value for name, value in settings.items() if is_address(value) and Address.of(value, f"{where}: {name}").alias]
+
+
 def _fill(located: Located, what: str, folder: Path) -> None:
     """Put the artifacts into a folder: by our own file systems, else as mlflow does it."""
     source, what = located.uri, f"{what}={str(located)!r}: artifacts"
