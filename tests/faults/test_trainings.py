@@ -59,25 +59,31 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_it_goes_on_with_fewer_workers_when_a_node_goes(cluster: Cluster, tmp_path: Path) -> None:
-    """Four workers on two nodes of two cores; one node is killed, and what is left goes on from the last checkpoint. Every row is given once."""
+def test_it_goes_on_with_fewer_workers_when_a_node_goes_and_with_more_when_it_returns(cluster: Cluster, tmp_path: Path) -> None:
+    """Four workers on two nodes of two cores; one is killed, what is left goes on from the last checkpoint, and another node comes. Every row is given once."""
     random = np.random.default_rng(0)
-    a, b = random.normal(size=(2, ROWS))
+    a, b = random.normal(size=(2, 2 * ROWS))
     pq.write_table(pa.table({"a": a, "b": b, "y": 2 * a - 3 * b}), tmp_path / "in.parquet", row_group_size=500)
     nodes = [cluster.add_node(**NODE), cluster.add_node(**NODE)]
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     events: list[Event] = []
+    struck: list[int] = []
 
     def strike(new: Sequence[Event]) -> None:
         events.extend(new)
-        if len(nodes) == 2 and any(isinstance(event, CheckpointSaved) and event.step >= 10 for event in events):
+        starts = [event for event in events if isinstance(event, WorkersStarted)]
+        if not struck and any(isinstance(event, CheckpointSaved) and event.step >= 10 for event in events):
+            struck.append(starts[-1].workers)
             cluster.remove_node(nodes.pop(), allow_graceful=False)
+        if len(nodes) == 1 and struck and starts[-1].workers < struck[0]:
+            nodes.append(cluster.add_node(**NODE))
 
     training = hr.Training("line", descend, workers=(1, 4), settings=Settings(), checkpoint_every=5)
     result = hr.train(training, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), watch=strike)
     starts = [event.workers for event in events if isinstance(event, WorkersStarted)]
-    assert len(nodes) == 1 and len(starts) >= 2 and min(starts[1:]) < starts[0]
+    fewest = starts.index(min(starts))
+    assert 0 < fewest < len(starts) - 1 and starts[0] > starts[fewest] < starts[-1]
     assert result.record.state == "succeeded" and result.metrics["loss"] < 0.01
 
 
