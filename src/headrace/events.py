@@ -180,13 +180,17 @@ class WorkersStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepsDone(Event):
-    """A worker of a training came to `step`. Since it last said so it took `rows`, in `span_s`, of which it waited for them `wait_s`."""
+    """A worker of a training came to `step`. Since it last said so it took `rows`, in `span_s`, of which it waited for them `wait_s`.
+
+    `accelerator_share` is how busy its accelerators were when it said so, 0 to 1, as their driver has it; None where there are none.
+    """
 
     worker: int
     step: int
     rows: int
     wait_s: float
     span_s: float
+    accelerator_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,13 @@ def test_a_report_adds_up():
     assert "step 10: loss 0.25" in text and "3 rows left out: 3 ValueError in clean" in text
 
 
+def test_how_busy_accelerators_are_is_told_where_their_driver_does():
+    assert TrainingReport.of(summed()).accelerator_share is None and "accelerators" not in page(TrainingReport.of(summed())).lower()
+    report = TrainingReport.of(summed(StepsDone(0, 12, 100, 0.0, 1.0, 0.5, **at(25)), StepsDone(1, 12, 100, 0.0, 3.0, 0.9, **at(25))))
+    assert report.accelerator_share == pytest.approx(0.8)
+    assert "accelerators busy for 80.0%" in str(report) and "Accelerators busy</dt><dd>80.0%" in page(report)
+
+
 def test_the_report_is_one_that_headrace_runs_lists():
     values = parse(json.dumps(TrainingReport.of(summed()).to_dict()).encode())
     assert (values["pipeline"], values["kind"], values["state"], values["rows_in"], values["dead_letters"]) == ("prices", "training", "running", 2000, 3)

@@ -52,11 +52,13 @@ def frame(report: TrainingReport) -> RenderableType:
         Text(", ".join([duration(report.wall_s), *spent(report)]), style="dim"),
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    names = ("workers", "rows/s", "waiting for rows", "saved at", *report.metrics)
+    busy = [] if report.accelerator_share is None else [("accelerators busy", f"{report.accelerator_share:.1%}")]
+    names = ("workers", "rows/s", "waiting for rows", *(name for name, _ in busy), "saved at", *report.metrics)
     for name in names:
         table.add_column(name, justify="right")
     values = (f"{value:.4g}" for value in report.metrics.values())
-    table.add_row(f"{report.workers}", rate(report.now_per_s), f"{report.wait_share_now:.1%}", f"{report.saved_step:,}", *values)
+    shares = (f"{report.wait_share_now:.1%}", *(value for _, value in busy))
+    table.add_row(f"{report.workers}", rate(report.now_per_s), *shares, f"{report.saved_step:,}", *values)
     return Group(bar, table)
 
 

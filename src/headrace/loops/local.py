@@ -64,6 +64,10 @@ class Here:
         os.rename(made, last)
         shutil.rmtree(old, ignore_errors=True)
 
+    def accelerator_share(self) -> float | None:
+        """See `Site`."""
+        return None
+
     def tell(self, event: Event) -> None:
         """See `Site`."""
         self._tell(event)

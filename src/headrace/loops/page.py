@@ -45,6 +45,7 @@ def _figures(report: TrainingReport) -> list[str]:
         *((safe(name), f"{value:.4g}", "") for name, value in list(report.metrics.items())[:_CURVES]),
         ("Rows per second", rate(report.rows_per_s), f"on {count(report.workers, 'worker')}"),
         ("Waiting for rows", f"{report.wait_share:.1%}", "of the workers' time"),
+        *([] if report.accelerator_share is None else [("Accelerators busy", f"{report.accelerator_share:.1%}", "of the time, as their driver has it")]),
         ("Checkpoints", f"{report.checkpoints:,}", f"the loop waited {duration(report.saving_s)}"),
         ("Time", duration(report.wall_s), f"start-up {duration(report.startup_s)}" if report.startup_s else ""),
         ("Cost", money(usd), ""),

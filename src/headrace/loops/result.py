@@ -51,6 +51,8 @@ class Sums:
     rows: int = 0
     wait_s: float = 0.0
     busy_s: float = 0.0
+    accelerated_s: float = 0.0  # of accelerators that tell how busy they are, and how much of it they were
+    accelerator_s: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[Point]] = field(default_factory=dict)
     checkpoints: int = 0
@@ -97,6 +99,9 @@ class Sums:
         self.first_s = min(self.first_s, begun_s)
         self.step, self.rows = max(self.step, event.step), self.rows + event.rows
         self.wait_s, self.busy_s = self.wait_s + event.wait_s, self.busy_s + event.span_s
+        if event.accelerator_share is not None:
+            self.accelerated_s += event.span_s
+            self.accelerator_s += event.span_s * event.accelerator_share
         self.recent[event.worker] = [*self.recent.get(event.worker, [])[1 - _RECENT :], event]
         if self.timeline is not None:
             self.timeline.add("rows", begun_s, event.at_s, event.rows)
@@ -129,7 +134,8 @@ class TrainingReport:
 
     `state` is `running`, `succeeded`, `stopped` or `failed`, the last with an `error`. `rows` are those of all epochs, `rows_in` those that the
     workers were given, `rows_before` those that they had been given by earlier runs; `rows_per_s` is from their first to their last.
-    `wait_share` is the part of the workers' time in which they waited for rows (0 to 1), `saving_s` how long checkpoints kept the first
+    `wait_share` is the part of the workers' time in which they waited for rows (0 to 1), `accelerator_share` that in which their accelerators
+    were busy (None where no driver tells), `saving_s` how long checkpoints kept the first
     worker. `restarts` counts how often the workers were started again. `curves` has (step, seconds since the start, value) for each
     metric. `failures` are rows left out because a stage failed on them.
     """
@@ -152,6 +158,7 @@ class TrainingReport:
     now_per_s: float
     wait_share: float
     wait_share_now: float
+    accelerator_share: float | None
     checkpoints: int
     saving_s: float
     saved_step: int
@@ -191,6 +198,7 @@ class TrainingReport:
             now_per_s=sum(event.rows for event in recent) / span_s * max(1, len(sums.recent)) if span_s else 0.0,
             wait_share=sums.wait_s / sums.busy_s if sums.busy_s else 0.0,
             wait_share_now=sum(event.wait_s for event in recent) / span_s if span_s else 0.0,
+            accelerator_share=sums.accelerator_s / sums.accelerated_s if sums.accelerated_s else None,
             checkpoints=sums.checkpoints,
             saving_s=sums.saving_s,
             saved_step=sums.saved_step,
@@ -213,7 +221,8 @@ class TrainingReport:
     def __str__(self) -> str:
         if not self.rows_in and not self.checkpoints:
             return f"nothing to do: the training ended before, at step {self.step:,}\n{told(self.metrics)}".rstrip()
-        speed = f"{rate(self.rows_per_s)} rows/s, {self.wait_share:.1%} of the time waiting for rows"
+        busy = "" if self.accelerator_share is None else f", accelerators busy for {self.accelerator_share:.1%}"
+        speed = f"{rate(self.rows_per_s)} rows/s, {self.wait_share:.1%} of the time waiting for rows{busy}"
         lines = [
             f"{count(self.rows_in, 'row')} in {self.wall_s:.1f} s on {count(self.workers, 'worker')}: {speed}",
             f"step {self.step:,}" + (f": {told(self.metrics)}" if self.metrics else ""),

@@ -87,6 +87,9 @@ class Site(Protocol):
     def keep(self, write: Callable[[Path], object], notes: Notes, *, final: bool) -> None:
         """Make a checkpoint of what every worker writes into a folder. All workers meet here; only a `final` one is waited for."""
 
+    def accelerator_share(self) -> float | None:
+        """How busy this worker's accelerators are, 0 to 1; None if it has none, or nobody knows."""
+
     def tell(self, event: Event) -> None:
         """Note what happened."""
 
@@ -209,7 +212,8 @@ class Run:
         (rows, wait_s), since_s, now_s = self._told, self._told_s, time.perf_counter()
         self._told, self._told_s = (self._shard.rows, self._shard.wait_s), now_s
         if self._shard.rows > rows:
-            self._site.tell(StepsDone(self.rank, self.step, self._shard.rows - rows, self._shard.wait_s - wait_s, now_s - since_s))
+            share = self._site.accelerator_share()
+            self._site.tell(StepsDone(self.rank, self.step, self._shard.rows - rows, self._shard.wait_s - wait_s, now_s - since_s, share))
         if self._points:
             stride = math.ceil(len(self._points) / _POINTS)
             kept = self._points[::-1][::stride][::-1]  # the last one is among them

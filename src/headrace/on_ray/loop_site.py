@@ -32,6 +32,7 @@ class OnWorker:
     def __init__(self, log: Any, last: Path | None) -> None:
         self.rank, self.workers = trainers.whoami()
         self.log, self.last = log, last
+        self.accelerator_share = trainers.Load()
 
     def restored(self) -> Path | None:
         """See `Site`."""

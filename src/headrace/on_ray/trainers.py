@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 import ray
 import ray.train
+from ray._private.thirdparty import pynvml
 from ray.data import DataContext, Dataset
 from ray.train import Checkpoint, DataConfig
 from ray.train.collective import broadcast_from_rank_zero
@@ -38,6 +39,7 @@ from headrace.store import Folder
 
 __all__ = [
     "EXPERIMENT",
+    "Load",
     "Shape",
     "TrainingFailedError",
     "agree",
@@ -308,6 +310,27 @@ def agree(mine: T) -> T:
 def doomed() -> bool:
     """Whether a machine of the workers is about to be taken away; all workers meet here."""
     return os.environ.get(_WATCHER) != "0" and ray.train.get_preemption_info() is not None
+
+
+class Load:
+    """How busy this worker's accelerators are, 0 to 1, as their driver has it; None if there are none, or it does not say (MIG)."""
+
+    def __init__(self) -> None:
+        self.devices: list[Any] = []
+        names = ray.get_runtime_context().get_accelerator_ids().get("GPU")
+        if not names:
+            return
+        with contextlib.suppress(pynvml.NVMLError):  # the accelerator is not NVIDIA's
+            pynvml.nvmlInit()
+            self.devices = [pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
+
+    def __call__(self) -> float | None:
+        """The share of the last second or so in which a kernel ran, on average over the devices."""
+        try:
+            shares = [pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100 for device in self.devices]
+        except pynvml.NVMLError:
+            return None
+        return sum(shares) / len(shares) if shares else None
 
 
 def keep(write: Callable[[Path], object], metrics: dict[str, float], *, wait: bool) -> None:
