@@ -31,6 +31,10 @@ from headrace.store import Store
 HOME = "_headrace"  # what headrace keeps beside the data; readers skip names that start with _
 SUCCESS = "_SUCCESS"
 LETTERS = f"{HOME}/dead_letters"
+REPORT = f"{HOME}/report.json"
+OTHERS = {"training.json": "a training", "features": "features"}
+"""What lies in `HOME` of outputs that are no batch job's, and what they hold."""
+
 _CLAIMS, _LEDGER, _STAGING = f"{HOME}/ledger/claims", f"{HOME}/ledger", f"{HOME}/staging"
 _COMPACT_AFTER = 256  # records; a load reads that many small files at most
 _PUTS, _LOADS = 3, 10  # attempts: a put whose answer was lost is put again, a load that a compaction overtook is begun again

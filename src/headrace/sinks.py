@@ -66,6 +66,9 @@ def inspect(sink: Sink, schema: pa.Schema, *, restart: bool = False) -> State | 
     if sink.format == "delta":
         _delta_schema(schema)
     held = sink.store.names("")
+    for name in sink.store.names(ledger.HOME) if ledger.HOME in held else ():
+        if name in ledger.OTHERS:
+            raise OutputError(f"output {sink.place.uri!r} holds {ledger.OTHERS[name]} of headrace; choose another folder")
     state = ledger.load(sink.store) if ledger.HOME in held and not restart else None
     if state is None and set(held) - {ledger.HOME} and not (restart and ledger.begun(sink.store)):
         raise OutputError(f"output {sink.place.uri!r} holds no run of headrace: it has {listing(held)}; choose an empty folder")

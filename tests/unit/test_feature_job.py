@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 
 import headrace as hr
 from headrace import features as f
+from headrace import sinks
 from headrace.cli import app
+from headrace.console.diff import compare
+from headrace.console.diff import read as diff_read
+from headrace.console.runs import runs
 from headrace.errors import ChangedError, DefinitionError, OutputError, PipelineFileError, SettingError, SourceError, TakenOverError, WiringError
 from headrace.features.job import HOME, FeatureJob, here
 from headrace.features.parts import Part, part_of
-from headrace.formats import Input
+from headrace.formats import Input, Output
 from headrace.online_store import open_store
-from headrace.store import Folder
 
 NOON = dt.datetime(2024, 3, 31, 12)
 EVENTS, LABELS = 900, 120
@@ -88,7 +91,7 @@ def test_a_training_set_in_parts_is_the_join_itself(folder, parts):
     assert (report.rows, report.events, report.parts) == (LABELS, 2 * EVENTS, parts)
     assert report.left_out == 2 * f.left_out(view(), events)
     assert f"{LABELS} rows from {2 * EVENTS:,} events" in str(report)
-    assert sorted(path.name for path in Path("out", HOME).iterdir() if path.is_dir()) == ["_headrace", "cut", "joined"]
+    assert sorted(path.name for path in Path("out", HOME).iterdir() if path.is_dir()) == ["cut", "joined"]
 
 
 @pytest.mark.parametrize("parts", [1, 5])
@@ -211,10 +214,20 @@ def test_a_foreign_folder_is_left_alone(folder):
             FeatureJob.of([view()], output="events", at=NOON).run(restart=restart)
 
 
+def test_it_is_a_run_that_is_listed_and_no_batch_job(folder):
+    FeatureJob.of([view()], output="out", at=NOON).run()
+    (run,) = runs(["."])
+    assert (run.output, run.pipeline, run.state, run.rows, run.total) == ("out", "v", "succeeded", EVENTS, EVENTS) and run.dead_letters
+    with pytest.raises(OutputError, match="'out' holds features; what is compared are batch jobs"):
+        compare(diff_read("out"), diff_read("out"))
+    with pytest.raises(OutputError, match="'out' holds features of headrace; choose another folder"):
+        sinks.inspect(sinks.open_sink(Output("out")), pa.schema([("k", pa.int64())]), restart=True)
+
+
 def test_of_two_jobs_on_one_output_the_older_stops(folder):
     def overtaken(tasks):
         for name, outcome in here(tasks):
-            Folder(job.output.place.child(HOME)).put("_headrace/ledger/claims/999999-newer", b"")
+            job.output.put("_headrace/ledger/claims/999999-newer", b"")
             yield name, outcome
 
     job = FeatureJob.of([view()], output="out", at=NOON)
@@ -274,7 +287,7 @@ def test_keys_spread_evenly():
 def test_wide_columns_are_fetched_one_at_a_time(folder):
     job = FeatureJob.of([view()], output="out", at=NOON, parts=2)
     schema = job.inputs[0].schema
-    store = Folder(job.output.place)
+    store = job.output
     job.output.put("empty", b"")
     part = Part(store, schema, [], 0)
     assert part.rows == 0

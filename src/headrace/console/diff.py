@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.console.charts import percent
-from headrace.console.runs import REPORT, parse, report_in
+from headrace.console.runs import parse, report_in
 from headrace.cost import money
 from headrace.errors import OutputError, nearest
 from headrace.filesystems import Place, locate
-from headrace.ledger import HOME
+from headrace.ledger import HOME, REPORT
 from headrace.report import duration, rate, size
 from headrace.store import Folder
 
@@ -109,8 +109,11 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Differe
     """What differs between two reports, in the order in which a person asks; figures that look the same are the same.
 
     Raises:
-        OutputError: a report is not of the form that headrace writes.
+        OutputError: a report is not of the form that headrace writes, or not of a batch job.
     """
+    for report in (before, after):
+        if (kind := report.get("kind", "batch")) != "batch":
+            raise OutputError(f"{report['output']!r} holds {'a training' if kind == 'training' else kind}; what is compared are batch jobs")
     try:
         return [one for one in _all(before, after) if one.shown[0] != one.shown[1]]
     except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:

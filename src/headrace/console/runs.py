@@ -18,12 +18,11 @@ from pyarrow import fs
 from headrace import heartbeat, ledger
 from headrace.errors import HeadraceError, OutputError, nearest
 from headrace.filesystems import Place, locate
-from headrace.ledger import HOME, SUCCESS
+from headrace.ledger import HOME, REPORT, SUCCESS
 from headrace.store import Folder
 from headrace.units import rows_in
 
 DAMAGED, RUNNING, INTERRUPTED = "damaged", "running", "interrupted"
-REPORT = f"{HOME}/report.json"
 
 _DEEPEST = 6  # folders below one that is named
 _AT_ONCE = 16  # outputs that are read at the same time, for a store may be far away

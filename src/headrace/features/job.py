@@ -1,10 +1,10 @@
 """Features as a job over files: events and labels are cut by key into parts, each part is joined, and both steps can go on after any death.
 
-    _features/request.json               what the output is of; nothing else may go on in it
-    _features/parts/0-0-00003-1.parquet  rows of an input, cut by key; gone when the job is done, unless it is incremental
-    _features/cut/0-0-00003.json         a cut that is done, with its files
-    _features/joined/0-00012.json        a part that is done, whose rows are part-00012.parquet
-    _features/report.json                when all is done, together with _SUCCESS
+    _headrace/features/request.json               what the output is of; nothing else may go on in it
+    _headrace/features/parts/0-0-00003-1.parquet  rows of an input, cut by key; gone when the job is done, unless it is incremental
+    _headrace/features/cut/0-0-00003.json         a cut that is done, with its files
+    _headrace/features/joined/0-00012.json        a part that is done, whose rows are part-00012.parquet
+    _headrace/report.json                         when all is done, together with _SUCCESS
 
 The name and content of every file follow from the request. So a step that is done again writes the same file again, whole, and
 a step counts when its small file is there. The ledger's claims see to it that of two jobs on one output the older stops.
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from headrace import ledger
 from headrace.errors import DefinitionError, OutputError, WiringError, check_number, listing
 from headrace.features.asof import as_of
 from headrace.features.joins import Join
@@ -33,11 +34,11 @@ from headrace.features.request import Request, grown, refuse_changes, request_of
 from headrace.features.view import FeatureView
 from headrace.filesystems import locate
 from headrace.heartbeat import Heartbeat, wait_until_free
-from headrace.ledger import SUCCESS, Ledger
+from headrace.ledger import REPORT, SUCCESS, Ledger
 from headrace.store import Folder
 from headrace.units import Source
 
-HOME = "_features"
+HOME = f"{ledger.HOME}/features"
 _PART_ROWS = 1 << 20
 _PART_BYTES = 256 << 20
 _MOST_PARTS = 4096
@@ -87,6 +88,12 @@ class FeatureReport:
     parts: int
     wall_s: float
     at: str | None = None
+
+    def to_dict(self, *, run: str, started_s: float) -> dict[str, Any]:
+        """As JSON has it; with what `headrace runs` reads of every run."""
+        rows = {"rows_in": self.events, "rows": self.events, "dead_letters": self.left_out}
+        about = {"pipeline": ", ".join(self.views), "kind": "features", "output": self.output, "run": run, "state": "succeeded", "started_s": started_s}
+        return {**about, **rows, "wall_s": self.wall_s, "features": dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         out = f", {self.left_out:,} of them without key or time" if self.left_out else ""
@@ -167,13 +174,13 @@ class FeatureJob:
         names = self.output.names("")
         before = _request_in(self.output)
         if not before:
-            if set(names) - {HOME}:
+            if set(names) - {ledger.HOME} or ledger.load(self.output):
                 raise OutputError(f"output {self.output.place.uri!r} holds no features: it has {listing(names)}; choose an empty folder")
             return None
         refuse_changes(before, self.request, self.output.place.uri)
         if SUCCESS not in names or before != self.request:
             return None
-        values = json.loads(self.output.read(f"{HOME}/report.json"))
+        values = json.loads(self.output.read(REPORT))["features"]
         return FeatureReport(**values | {"views": tuple(values["views"])})
 
     def run(
@@ -200,10 +207,10 @@ class FeatureJob:
             self._clear()
         elif (report := self.finished()) is not None:
             return report
-        started = time.perf_counter()
-        wait_until_free(home, uri=self.output.place.uri)
-        held, _ = Ledger.claim(home, restart=True)  # for its claim alone: what is done, files say
-        with Heartbeat(home, held.run):
+        asked_s, started = time.time(), time.perf_counter()
+        wait_until_free(self.output, uri=self.output.place.uri)
+        held, _ = Ledger.claim(self.output, restart=True)  # for its claim alone: what is done, files say
+        with Heartbeat(self.output, held.run):
             self.output.delete(SUCCESS)  # before the request: whoever sees both would take the output for one of this request
             home.put("request.json", json.dumps(self.request, indent=1).encode())
             inputs = [rows(view, reading) if rows and reading.pipeline else reading for view, reading in zip(self.views, self.inputs, strict=False)]
@@ -226,7 +233,7 @@ class FeatureJob:
                 wall_s=time.perf_counter() - started,
                 at=self.request["inputs"][-1]["at"],
             )
-            home.put("report.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
+            self.output.put(REPORT, json.dumps(report.to_dict(run=held.run, started_s=asked_s), indent=1).encode())
             held.check()
             self.output.put(SUCCESS, b"")
             for folder in () if self.request["incremental"] else ("parts", "rows"):
@@ -243,10 +250,10 @@ class FeatureJob:
     def _clear(self) -> None:
         """Throw away what a job left."""
         names = self.output.names("")
-        if names and HOME not in names:
+        if set(names) - {ledger.HOME} and not _request_in(self.output):
             raise OutputError(f"output {self.output.place.uri!r} holds no features: it has {listing(names)}; choose another folder")
-        wait_until_free(Folder(self.output.place.child(HOME)), uri=self.output.place.uri)
-        for name in [SUCCESS, *(name for name in names if name.startswith("part-")), HOME]:
+        wait_until_free(self.output, uri=self.output.place.uri)
+        for name in [SUCCESS, *(name for name in names if name.startswith("part-")), ledger.HOME]:
             self.output.delete(name)
 
     def _cuts(self, inputs: Sequence[Reading], folder: Folder) -> list[Cut]:

@@ -15,12 +15,12 @@ import pyarrow as pa
 from headrace.cost import Machine, Meter, Prices
 from headrace.errors import StorageError
 from headrace.events import Event, MachinesSeen, RunFailed, to_json_lines
-from headrace.ledger import HOME
+from headrace.ledger import HOME, REPORT
 from headrace.loops.page import page
 from headrace.loops.result import Sums, TrainingReport
 from headrace.store import Folder
 
-REPORT, PAGE = f"{HOME}/report.json", f"{HOME}/report.html"
+PAGE = f"{HOME}/report.html"
 
 
 class TrainingRecord:
