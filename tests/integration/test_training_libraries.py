@@ -1,4 +1,4 @@
-"""Trainings with libraries that take their rows as a whole, or bit by bit: LightGBM and scikit-learn."""
+"""Trainings with libraries that take their rows as a whole, or bit by bit: LightGBM, XGBoost and scikit-learn."""
 
 import dataclasses
 from functools import partial
@@ -51,6 +51,25 @@ def boost(shard, settings, run):
     lightgbm.train(options, rows, settings.rounds - done, init_model=before, valid_sets=[rows], callbacks=[after])
 
 
+def grow(shard, settings, run):
+    """The same with XGBoost, whose workers find each other by themselves."""
+    import xgboost
+
+    data = shard.table()
+    rows = xgboost.DMatrix(np.stack([data["a"], data["b"]], axis=1), data["y"].to_numpy())
+
+    class After(xgboost.callback.TrainingCallback):
+        def after_iteration(self, model, epoch, evals_log):
+            run.report(rmse=evals_log["rows"]["rmse"][-1])
+            run.checkpoint(lambda folder: model.save_model(folder / "trees.json"))
+            return False
+
+    before = run.resume() / "trees.json" if run.resume() else None
+    done = xgboost.Booster(model_file=before).num_boosted_rounds() if before else 0
+    options = {"objective": "reg:squarederror", "nthread": 1, "seed": 0}
+    xgboost.train(options, rows, settings.rounds - done, evals=[(rows, "rows")], verbose_eval=False, xgb_model=before, callbacks=[After()])
+
+
 def learn(shard, settings, run):
     from sklearn.linear_model import SGDRegressor
 
@@ -94,6 +113,19 @@ def test_boosted_trees_on_two_workers_are_those_of_one(shared_ray, table, tmp_pa
     assert result.record.workers == 2 and result.record.step == 20
     found = predict(result.checkpoint, table)
     assert np.mean((found - table["y"].to_numpy()) ** 2) < 2 * alone.metrics["l2"]
+
+
+def test_xgboost_on_two_workers_is_that_of_one(shared_ray, table, tmp_path):
+    """As far as their histograms, which two workers make of two halves, are the same."""
+    xgboost = pytest.importorskip("xgboost")
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=500)
+    training = dataclasses.replace(TREES, name="grown", loop=grow, framework="xgboost")
+    result = hr.train(training, input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out"), workers=2)
+    alone = training.local(table)
+    assert result.record.workers == 2 and result.record.step == 20
+    trees = xgboost.Booster(model_file=f"{result.checkpoint}/trees.json")
+    found = trees.predict(xgboost.DMatrix(np.stack([table["a"], table["b"]], axis=1)))
+    assert np.mean((found - table["y"].to_numpy()) ** 2) < 2 * alone.metrics["rmse"] ** 2
 
 
 def test_scikit_learn_learns_batch_by_batch(table):
