@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,11 @@ from pyarrow import fs
 
 import headrace as hr
 from headrace.errors import ChangedError, SourceError, StageError, StorageError
+from headrace.features.job import FeatureJob
+from headrace.features.reading import read_events
 from headrace.formats import Input
+from headrace.on_ray import features
+from headrace.on_ray.cluster import connected
 from headrace.sources import open_source
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -122,6 +127,21 @@ def test_an_output_bucket_that_does_not_exist(bucket: Any) -> None:
     """It is told before anything runs."""
     with pytest.raises(StorageError, match="cannot write '_headrace/.*' in 's3://no-such-bucket/out'"):
         hr.run(PIPELINE, input="s3://reviews-in/day", output="s3://no-such-bucket/out")
+
+
+def test_features_of_events_there(bucket: Any) -> None:
+    """Through the view's pipeline, in parts, and back to a bucket; a second time there is nothing to do."""
+    at = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
+    who, days, text = [n % 17 for n in range(200)], [at - dt.timedelta(days=n % 60) for n in range(200)], ["x" * (n % 9) for n in range(200)]
+    pq.write_table(pa.table({"who": who, "at": days, "text": text}), "reviews-in/said/0.parquet", filesystem=bucket, row_group_size=64)
+    sums = {"times": hr.features.count(over="30d"), "letters": hr.features.sum("length", over="30d")}
+    view = hr.FeatureView("said", "s3://reviews-in/said/*.parquet", key="who", time="at", features=sums, pipeline=hr.Pipeline("lengths", length))
+    job = FeatureJob.of([view], output="s3://reviews-out/known", at=at, parts=3)
+    report = features.run(job, connect=connected)
+    assert (report.rows, report.events, report.parts) == (17, 200, 3)
+    found = pa.concat_tables(job.tables()).sort_by("who").to_pylist()
+    assert found == hr.features.latest(view, read_events(view).whole(), at=at).to_pylist()
+    assert features.run(job, connect=connected) == report
 
 
 def learn(shard: Any, settings: Any, run: Any) -> None:
