@@ -69,6 +69,7 @@ def test_a_slow_model(tmp_path: Path) -> None:
     assert shares and shares.computing + shares.starved + shares.blocked + shares.between == pytest.approx(1)
 
 
+@pytest.mark.faults  # for the time it takes
 def test_a_slow_function_before_it(tmp_path: Path) -> None:
     """The model waits for it; and how many CPUs would keep the model busy is what follows from the time that it computed."""
     report, said = job(tmp_path, slow, Model(pause_s=0.002))
@@ -86,6 +87,7 @@ class Large:
         return {"big": self.noise[: len(same)]}
 
 
+@pytest.mark.faults  # for the time it takes
 def test_a_slow_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file at a time, of noise that does not compress, is more than the disk's side can do."""
     monkeypatch.setattr("headrace.on_ray.commits._WRITES", 1)
@@ -100,6 +102,7 @@ class Padded:
         return {"y": np.zeros(len(tokens))}
 
 
+@pytest.mark.faults  # for the time it takes
 def test_padding(tmp_path: Path) -> None:
     """Rows of 10 tokens among rows of 200, in batches as they come."""
     report, said = job(tmp_path, Padded(), rows=2000)
@@ -157,6 +160,7 @@ def slow_address() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.faults  # for the time it takes
 def test_a_slow_reader(tmp_path: Path, slow_address: str) -> None:
     """The model waits for the input, whatever lies between."""
     _, said = job(tmp_path, quick, Model(), input=slow_address)

@@ -83,6 +83,7 @@ def made(folder: Path, factor: str) -> None:
     registry.register(folder, "scale")
 
 
+@pytest.mark.faults  # for the time it takes
 @pytest.mark.filterwarnings("ignore")  # mlflow's own, and its dependencies'
 def test_an_alias_that_moves_brings_its_version_in(client: Any, tmp_path: Path):
     made(tmp_path / "model", "2")

@@ -93,7 +93,7 @@ def whole(folder: Path, *, without: tuple[int, ...] = ()) -> None:
     assert found == [n for n in range(600) if n not in without] and (folder / "out/_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.faults), signal.SIGTERM], ids=lambda how: how.name)
 def test_stopped_and_gone_on(folder: Path, start: Start, command: Run, address: str, how: signal.Signals) -> None:
     """Exit code 130, without a traceback, and what to do next; the same command goes on. While a run is alive a second one gets 5."""
     (folder / "told/gate").touch()
@@ -203,6 +203,7 @@ def marked(mark: str) -> set[int]:
     return found
 
 
+@pytest.mark.faults  # for the time it takes
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found by /proc")
 def test_no_process_stays_behind(folder: Path) -> None:
     """Five runs in one process, each with a Ray of its own, leave that process alone in the end."""
