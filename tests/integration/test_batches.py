@@ -49,6 +49,7 @@ def talking(tmp_path: Path) -> Iterator[Talking]:
         talking.accounts.close()
 
 
+@pytest.mark.faults
 def test_a_batch_goes_on_through_kills_and_a_restart(talking: Talking):
     talking.start(*OPTIONS)
     client = talking.client()
