@@ -4,9 +4,9 @@
     python benchmarks/training.py --hidden 16384 --rows 100000                 # one of 90 us a row
     python benchmarks/training.py --hidden 16384 --rows 100000 --prepare-us 50 # the same beside a stage that works so long on each row
 
-The loop is a network in numpy, forward and back, whose width (`--hidden`) says how long a row takes. Start-up is left out of both: a rate runs from the first batch to the last. The share of
-the time in which the worker waits for rows is told as well; with `--prepare-us` the pipeline's stage burns CPU on every row, on cores beside
-the worker's. A loop that makes its rows itself would have to do that in between.
+The loop is a network in numpy, forward and back, whose width (`--hidden`) says how long a row takes. Start-up is left out of both: a rate runs
+from the first batch to the last. The share of the time in which the worker waits for rows is told as well; with `--prepare-us` the pipeline's
+stage burns CPU on every row, on cores beside the worker's. A loop that makes its rows itself would have to do that in between.
 """
 
 from __future__ import annotations
