@@ -27,7 +27,8 @@ NEVER = 2**63 - 1
 
 _MIDDLE = 2**63
 _INSTANT = pa.timestamp("us", tz="UTC")
-_LENGTH_BYTES = 4
+
+Ints = npt.NDArray[np.int64]
 
 
 def coded(instant_us: int) -> bytes:
@@ -127,15 +128,12 @@ class Layout:
         Raises:
             ValueError: a blob is none of this schema.
         """
-        size, count = self._head.itemsize, len(blobs)
+        count = len(blobs)
         absent = blobs.count(None)
-        filled = [self._absent if blob is None else blob for blob in blobs] if absent else blobs
-        if not self._varying and set(map(len, filled)) - {self._fixed_bytes}:  # type: ignore[arg-type]
-            raise ValueError("a value has another length than its view's schema says")
-        whole = b"".join([blob[:size] for blob in filled] if self._fixed_bytes > size or self._varying else filled)  # type: ignore[index,arg-type]
-        if len(whole) != count * size:
-            raise ValueError("a value is shorter than its view's schema says")
-        heads = np.frombuffer(whole, self._head)
+        filled: list[bytes] = [self._absent if blob is None else blob for blob in blobs] if absent else blobs  # type: ignore[assignment]
+        starts, lengths = self._extents(filled)
+        whole = b"".join(filled)
+        heads = _gathered(whole, starts, self._head.itemsize).view(self._head)
         found = heads["expires"] > now_us + _MIDDLE
         missing = int(count - np.count_nonzero(found))
         if missing > absent:  # some have expired, which is rare: once more, without them
@@ -143,39 +141,59 @@ class Layout:
         present = None
         if missing or heads["present"].tobytes() != self._full * count:
             present = np.unpackbits(heads["present"], axis=1, count=len(self.features), bitorder="little").astype(np.bool_)
-        data = self._cut(filled, heads, wanted)  # type: ignore[arg-type]
+        data = self._numbers(heads)
+        for at in wanted:
+            if where := self._wide.get(at):
+                data[at] = _gathered(whole, starts + where.start, where.stop - where.start)
+        if self._varying:
+            data.update(self._cells(filled, heads["lengths"], lengths, wanted))
         features = []
         for at in wanted:
             valid = None if present is None or present[:, at].all() else present[:, at]
-            take = cells.unpack if at in self._varying else cells.from_raw
-            features.append(take(data[at], self._types[at], count, valid))
-        times = (heads["time"].astype(np.uint64) ^ np.uint64(_MIDDLE)).view(np.int64)
+            if at in self._varying:
+                features.append(cells.unpack(data[at][0], data[at][1], self._types[at], valid))
+            else:
+                features.append(cells.from_raw(data[at], self._types[at], count, valid))
+        times = (heads["time"] ^ np.uint64(_MIDDLE)).view(np.int64)
         return Read(
-            cells.from_raw(found.view(np.uint8), pa.bool_(), count, None),
+            pa.Array.from_buffers(pa.bool_(), count, [None, cells.bitmap(found)]),
             cells.from_raw(times, _INSTANT, count, found if missing else None),
             features,
         )
 
-    def _cut(self, blobs: Sequence[bytes], heads: npt.NDArray[Any], wanted: Sequence[int]) -> dict[int, Any]:
-        """By place, the memory of a column's values, or of a column that varies its cells."""
+    def _extents(self, blobs: list[bytes]) -> tuple[Ints, Ints]:
+        """Where each of the blobs begins when they lie behind each other, and how long it is: as long as what is fixed, or longer."""
+        sizes, fixed = list(map(len, blobs)), self._fixed_bytes
+        if sizes.count(fixed) == len(sizes):
+            return np.arange(0, len(sizes) * fixed, fixed), np.full(len(sizes), fixed)
+        if not self._varying or min(sizes) < fixed:
+            raise ValueError("a value has another length than its view's schema says")
+        lengths = np.array(sizes, np.int64)
+        return np.cumsum(lengths) - lengths, lengths
+
+    def _numbers(self, heads: npt.NDArray[Any]) -> dict[int, Any]:
+        """By place, the memory of each column of numbers."""
         data: dict[int, Any] = {}
         for size, places in self._narrow.items():
             if places:
-                together = pa.py_buffer(np.ascontiguousarray(heads[f"w{size}"].T))
-                length = size * len(blobs)
+                together, length = pa.py_buffer(np.ascontiguousarray(heads[f"w{size}"].T)), size * len(heads)
                 data.update({at: together.slice(column * length, length) for column, at in enumerate(places)})
-        for at, where in self._wide.items():
-            if at in wanted:
-                data[at] = b"".join([blob[where] for blob in blobs])
-        if not self._varying:
-            return data
-        ends = np.cumsum(heads["lengths"], axis=1, dtype=np.int64) + self._fixed_bytes
-        if (ends[:, -1] != np.fromiter(map(len, blobs), np.int64, len(blobs))).any():
+        return data
+
+    def _cells(self, blobs: list[bytes], inner: npt.NDArray[Any], lengths: Ints, wanted: Sequence[int]) -> dict[int, Any]:
+        """By place, the cells of each column that varies, and their lengths, which are `inner`."""
+        ends = np.cumsum(inner, axis=1, dtype=np.int64) + self._fixed_bytes
+        if (ends[:, -1] != lengths).any():
             raise ValueError("a value has another length than it says itself")
-        starts = [self._fixed_bytes] * len(blobs)
+        data, starts = {}, [self._fixed_bytes] * len(blobs)
         for column, at in enumerate(self._varying):
             stops = ends[:, column].tolist()
             if at in wanted:
-                data[at] = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
+                data[at] = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)], inner[:, column]
             starts = stops
         return data
+
+
+def _gathered(whole: bytes, starts: Ints, size: int) -> npt.NDArray[np.void]:
+    """The `size` bytes from each start on. Of a view in which an item begins with every byte, numpy copies each of them in one go."""
+    return np.ndarray(max(0, len(whole) - size + 1), f"V{size}", whole, strides=(1,))[starts]
