@@ -105,10 +105,10 @@ def from_raw(values: npt.NDArray[Any] | bytes | pa.Buffer, arrow: pa.DataType, c
     """A column of `count` values from the memory of `raw`; `valid` says which are there, or None that all are."""
     if arrow.num_fields:  # a vector
         numbers = pa.Array.from_buffers(arrow.value_type, count * arrow.list_size, [None, _buffer(values)])
-        return pa.Array.from_buffers(arrow, count, [bitmap(valid)], children=[numbers])
+        return pa.Array.from_buffers(arrow, count, [_bitmap(valid)], children=[numbers])
     if arrow == _BOOL:
         values = np.packbits(np.frombuffer(values, np.uint8) != 0, bitorder="little")
-    return pa.Array.from_buffers(arrow, count, [bitmap(valid), _buffer(values)])
+    return pa.Array.from_buffers(arrow, count, [_bitmap(valid), _buffer(values)])
 
 
 def _buffer(values: npt.NDArray[Any] | bytes | pa.Buffer) -> pa.Buffer:
@@ -120,8 +120,7 @@ def is_there(array: pa.Array) -> Bools:
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False), np.bool_)
 
 
-def bitmap(valid: Bools | None) -> pa.Buffer | None:
-    """Truth values as Arrow has them."""
+def _bitmap(valid: Bools | None) -> pa.Buffer | None:
     return None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
 
 
@@ -167,12 +166,13 @@ def unpack(cells: Sequence[bytes], lengths: npt.NDArray[Any], arrow: pa.DataType
         data.decode()
         if any(cell and cell[0] & 0xC0 == 0x80 for cell in cells):
             raise ValueError("a text begins in the middle of a character")
-    return pa.Array.from_buffers(arrow, len(cells), [bitmap(valid), _offsets(lengths), pa.py_buffer(data)])
+    return pa.Array.from_buffers(arrow, len(cells), [_bitmap(valid), _offsets(lengths), pa.py_buffer(data)])
 
 
 def _offsets(counts: Sequence[int] | npt.NDArray[Any]) -> pa.Buffer:
     offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets[1:] = counts
+    offsets = np.cumsum(offsets)
     if offsets[-1] > _MOST_BYTES:
         raise ValueError(f"{offsets[-1] / 1e9:.1f} GB of one column at once; read fewer keys at a time")
     return pa.py_buffer(offsets.astype(np.int32))
@@ -212,4 +212,4 @@ def _lists(cells: Sequence[bytes], arrow: pa.DataType, valid: Bools | None) -> p
         if len(flat) != len(there) * size:
             raise ValueError("a list is cut off")
         items = from_raw(flat, arrow.value_type, len(there), whole)
-    return pa.Array.from_buffers(arrow, len(cells), [bitmap(valid), _offsets(counts)], children=[items])
+    return pa.Array.from_buffers(arrow, len(cells), [_bitmap(valid), _offsets(counts)], children=[items])
