@@ -18,7 +18,7 @@ from headrace.online_store import cells
 
 
 class Frame:
-    """The message for batches of `count` rows, at least one, of a schema; with `nulls`, all columns but the last may have some.
+    """The message for batches of `count` rows, at least one, of a schema.
 
     Args:
         schema: columns of numbers, times and truth values.
@@ -28,8 +28,7 @@ class Frame:
 
     def __init__(self, schema: pa.Schema, count: int, *, nulls: bool) -> None:
         self._schema, self._count = schema, count
-        zeros, none, last = bytes(8 * count), np.zeros(count, np.bool_), len(schema) - 1
-        arrays = [cells.from_raw(zeros, each, count, none if nulls and at < last else None) for at, each in enumerate(schema.types)]
+        arrays = [cells.from_raw(bytes(8 * count), each, count, np.zeros(count, np.bool_) if nulls else None) for each in schema.types]
         message = pa.RecordBatch.from_arrays(arrays, schema=schema).serialize().to_pybytes()
         self._body = 8 + int(struct.unpack_from("<i", message, 4)[0])
         self._head, self._size = np.frombuffer(message[: self._body], np.uint8), len(message)
@@ -52,10 +51,10 @@ class Frame:
         return np.ndarray((columns, items), kind, message, self._values[at], (step, np.dtype(kind).itemsize))
 
     def nulls(self, message: npt.NDArray[np.uint8], there: npt.NDArray[np.bool_]) -> None:
-        """Fill in which values are there: a row for each row, a column for each but the last."""
+        """Fill in which values are there, by row and column."""
         nodes = np.ndarray((there.shape[1], 2), "<i8", message, self._nodes_at)
         nodes[:, 1] = self._count - there.sum(axis=0)
-        for at, bits in zip(self._bits, np.packbits(there, axis=0, bitorder="little").T, strict=False):
+        for at, bits in zip(self._bits, np.packbits(there, axis=0, bitorder="little").T, strict=True):
             message[at : at + len(bits)] = bits
 
     def batch(self, message: npt.NDArray[np.uint8]) -> pa.RecordBatch:

@@ -44,12 +44,17 @@ class Reader:
         vectors = [(at, where.start, np.dtype(f"V{where.stop - where.start}")) for at, where in layout.wide.items() if at in wanted]
         self._wide = [(wanted.index(at), fields[at], at, start, kind) for at, start, kind in vectors]
         self._varying = [(column, wanted.index(at), fields[at]) for column, at in enumerate(layout.varying) if at in wanted]
-        # The columns of a frame: numbers of all widths, the event time among them, and truth values, as in a blob; at last what was found.
-        numbers = {name: [*places, len(fields)] if name == "w8" else places for name, places in layout.numbers.items()}
-        self._numbers = {name: places for name, places in numbers.items() if places}
-        self._columns = [at for places in self._numbers.values() for at in places]
-        self._fixed = pa.schema([*([*fields, TIME][at] for at in self._columns), FOUND])
-        self._order = [self._columns.index(at) for at in wanted if at in self._columns] + [len(self._columns), self._columns.index(len(fields))]
+        # Numbers and truth values, found and event time among them: neighbours that are neighbours in a blob, too, are copied together.
+        where = {at: (name, column) for name, places in layout.numbers.items() for column, at in enumerate(places)}
+        where |= {len(fields): ("", 0), len(fields) + 1: ("w8", len(layout.numbers["w8"]))}
+        self._columns = [at for at in (*wanted, len(fields), len(fields) + 1) if at in where]
+        self._fixed = pa.schema([[*fields, FOUND, TIME][at] for at in self._columns])
+        self._runs: list[tuple[str, int, int, int]] = []  # the name in a blob's head; from which column of it on, into which of the table, how many
+        for to, (name, column) in enumerate(where[at] for at in self._columns):
+            if self._runs and self._runs[-1][0] == name and sum(self._runs[-1][1::2]) == column:
+                self._runs[-1] = (*self._runs[-1][:3], self._runs[-1][3] + 1)
+            else:
+                self._runs.append((name, column, to, 1))
         self._frames: dict[tuple[int, bool], Frame] = {}
 
     def read(self, blobs: list[bytes | None], now_us: int) -> pa.Table:
@@ -73,8 +78,8 @@ class Reader:
         present = None
         if missing or heads["present"].tobytes() != layout.full * count:
             bits = np.unpackbits(heads["present"], axis=1, count=len(layout.features), bitorder="little")
-            present = np.column_stack([bits.view(np.bool_), found])
-        table = pa.Table.from_batches([self._batch(heads, found, present)]).select(self._order)
+            present = np.column_stack([bits.view(np.bool_), np.ones(count, np.bool_), found])
+        table = pa.Table.from_batches([self._batch(heads, found, present)])
         columns = self._cells(filled, heads["lengths"], lengths, present) if layout.varying else []
         for at, field, place, start, kind in self._wide:
             columns.append((at, field, cells.from_raw(_gathered(whole, starts + start, kind), field.type, count, _valid(present, place))))
@@ -96,14 +101,13 @@ class Reader:
         """The numbers and truth values."""
         count = len(heads)
         frame = self._frame(count, nulls=present is not None)
-        message, at = frame.begin(), 0
-        for name, places in self._numbers.items():
-            if name == "truths":
-                frame.values(message, at, len(places), "u1", (count + 7) // 8)[:] = np.packbits(heads[name], axis=0, bitorder="little").T
+        message = frame.begin()
+        for name, start, to, columns in self._runs:
+            if kind := KINDS.get(name):
+                frame.values(message, to, columns, kind, count)[:] = heads[name][:, start : start + columns].T
             else:
-                frame.values(message, at, len(places), KINDS[name], count)[:] = heads[name].T
-            at += len(places)
-        frame.values(message, at, 1, "u1", (count + 7) // 8)[:] = 255 if present is None else np.packbits(found, bitorder="little")
+                truths = heads[name][:, start : start + columns] if name else found[:, np.newaxis]
+                frame.values(message, to, columns, "u1", (count + 7) // 8)[:] = np.packbits(truths, axis=0, bitorder="little").T
         if present is not None:
             frame.nulls(message, present[:, self._columns])
         return frame.batch(message)

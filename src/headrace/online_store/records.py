@@ -1,4 +1,4 @@
-"""The features of one key as one blob, and many blobs as columns again.
+"""The features of one key as one blob.
 
     event time | as of | expiry | numbers, by their width, and truth values | a bit per feature that is there | lengths of what varies | vectors | what varies
 
@@ -26,7 +26,7 @@ NEVER = 2**63 - 1
 MIDDLE = 2**63
 """What is added to an instant in a blob."""
 
-KINDS = {"w8": "<u8", "w4": "<u4", "w2": "<u2", "w1": "u1", "truths": "u1"}
+KINDS = {"w8": "<u8", "w4": "<u4", "w2": "<u2", "w1": "u1"}
 """What numpy makes of numbers of each width."""
 
 
@@ -76,7 +76,7 @@ class Layout:
             else:
                 self.numbers["truths" if pa.types.is_boolean(field.type) else f"w{size}"].append(at)
         fields: list[Any] = [("time", ">u8"), ("known", ">u8"), ("expires", ">u8")]
-        fields += [(name, KINDS[name], (len(places) + (name == "w8"),)) for name, places in self.numbers.items() if places or name == "w8"]
+        fields += [(name, KINDS.get(name, "u1"), (len(places) + (name == "w8"),)) for name, places in self.numbers.items() if places or name == "w8"]
         fields.append(("present", "u1", ((len(features) + 7) // 8,)))
         if self.varying:
             fields.append(("lengths", "<u4", (len(self.varying),)))

@@ -116,11 +116,13 @@ class RedisEngine:
     def __init__(self, url: str) -> None:
         try:
             import redis
+            import redis.exceptions
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ModuleNotFoundError as error:
             raise OnlineStoreError(f"an online store in a Redis needs {error.name}: pip install 'headrace[redis]'") from error
         self.name = shown(url)
+        self._failures = redis.exceptions
         try:
             self.client: Any = redis.Redis.from_url(
                 url,
@@ -185,8 +187,8 @@ class RedisEngine:
     def fetch(self, generation: Generation, keys: Sequence[bytes]) -> list[bytes | None] | None:
         """See `Engine`."""
         with self._told():
-            *values, marker = self.client.hmget(_place(generation), [*keys, MARKER])
-        return values if marker == generation.token else None
+            values: list[bytes | None] = self.client.execute_command("HMGET", _place(generation), *keys, MARKER)
+        return values if values.pop() == generation.token else None
 
     def put(self, generation: Generation, keys: Sequence[bytes], values: Sequence[bytes], published_us: int) -> int | None:
         """See `Engine`."""
@@ -228,8 +230,7 @@ class RedisEngine:
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Turn what redis raises into what a user can mend."""
-        import redis.exceptions as failures
-
+        failures = self._failures
         try:
             yield
         except failures.AuthenticationError as error:
