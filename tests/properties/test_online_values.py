@@ -76,7 +76,7 @@ def test_arrows_own_types_come_back_bit_by_bit(data):
 
 
 def test_any_number_of_rows_with_nulls_and_without():
-    """Bitmaps and numbers of all widths, where they end within a byte or a word."""
+    """Bitmaps and numbers of all widths, where they end within a byte or a word; all features, and some of them in another order."""
     for count in (*range(1, 18), 64, 257):
         some = [None if at % 3 == 1 else at % 100 for at in range(count)]
         columns = {str(arrow): pa.array(some, pa.int8()).cast(arrow) for arrow in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.bool_(), pa.float32())}
@@ -84,6 +84,10 @@ def test_any_number_of_rows_with_nulls_and_without():
         columns |= {"v": pa.array([[at, at] for at in range(count)], pa.list_(pa.float32(), 2))}
         given = pa.table(columns)
         assert there_and_back(given).equals(given)
+        layout, places = Layout(given.schema), list(range(len(columns)))
+        blobs = layout.encode(given, np.zeros(count, np.int64), np.full(count, NEVER), 0)
+        for wanted in (places[::-1], places[1::3], places[5:] + places[:5], places[:1]):
+            assert Reader(layout, wanted).read([*blobs], 0).drop(["found", "event_time"]).equals(given.select(wanted))
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=3))
