@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from headrace.online_store import OnlineStore, open_store
+from headrace.online_store import open_store
 
 ASKED = 100
 NUMBERS = 8
@@ -48,11 +48,12 @@ def events(keys: int, *, vectors: bool) -> pa.Table:
     return pa.table(columns)
 
 
-def blobs(store: OnlineStore, keys: list[str]) -> dict[str, bytes]:
-    """What the store keeps of each key."""
-    generation = store.engine.current("bench")
-    assert generation is not None
-    return dict(zip(keys, store.engine.fetch(generation, [key.encode() for key in keys]) or [], strict=True))  # type: ignore[arg-type]
+def blobs(place: str, keys: list[str]) -> dict[str, bytes]:
+    """What the store keeps of each key, asked for over connections of its own: a reply of 170 MB leaves buffers behind that slow the next ones down."""
+    with open_store(place) as store:
+        generation = store.engine.current("bench")
+        assert generation is not None
+        return dict(zip(keys, store.engine.fetch(generation, [key.encode() for key in keys]) or [], strict=True))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -140,7 +141,7 @@ def main() -> None:
                 keys = rows["key"].to_pylist()
                 with open_store(place.format(what)) as store:
                     store.replace("bench", [rows], key="key", time="time")
-                    with raw(place.format(f"raw-{what}"), blobs(store, keys)) as read:
+                    with raw(place.format(f"raw-{what}"), blobs(place.format(what), keys)) as read:
                         sides: dict[str, Read] = {"raw": read, "store": lambda asked, store=store: store.read("bench", asked)}
                         found = results[f"{where} {what}"] = measure(sides, arguments.keys, requests=arguments.requests, rounds=arguments.rounds)
                 print(f"{where} {what}: " + ", ".join(f"{name} {value:,g}" for name, value in found.items()), flush=True)

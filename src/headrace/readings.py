@@ -7,7 +7,7 @@ A stage may have a method `figures()`, which gives numbers by name and may be ca
 and whether background requests make way in it (see `headrace.speech`).
 
 One that looks features up may have a method `lookups()` as well, which gives a view's name, how many keys were asked for so far, and how many of them
-were not there.
+were not there; and with it `newest_s()`, the newest event time that the store has of the view, in seconds since 1970, or None.
 """
 
 from __future__ import annotations

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import re
+import time
 from pathlib import Path
 
+import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from doors import service
+from openai_services import until
 from redis_server import redis_url  # noqa: F401 - a fixture
 
 import headrace as hr
@@ -100,3 +104,19 @@ def test_a_service_whose_store_fails_says_so_until_it_does_not(folder: Path, pla
         assert "has no feature 'host'" in capfd.readouterr().err
         publish(view, row, store, replace=True)
         assert client.score([{"listing_id": "l0"}, {"listing_id": "l1"}])[0]["host"] == row["host"][0].as_py()
+
+
+def test_a_service_tells_what_was_not_found_and_how_new_the_features_are(folder: Path, place: str) -> None:
+    """In its metrics; not the row with which it warms up."""
+    pipeline = load(str(folder / "score.py"))
+
+    def told(address: str) -> dict[str, float]:
+        lines = httpx2.get(f"{address}/metrics").text.splitlines()
+        return {line.partition("{")[0] + "".join(re.findall(r',found="\w+"', line)): float(line.rpartition(" ")[2]) for line in lines if 'view="stays"' in line}
+
+    with service(pipeline) as address, hr.Client(address) as client:
+        client.score([{"listing_id": "l0"}, {"listing_id": "l1"}, {"listing_id": "nobody"}])
+        until(lambda: told(address).get('headrace_lookup_keys_total,found="true"') == 2)
+        figures = told(address)
+        assert figures['headrace_lookup_keys_total,found="false"'] == 1
+        assert figures["headrace_feature_age_seconds"] == pytest.approx(time.time() - NOW.timestamp(), abs=60)

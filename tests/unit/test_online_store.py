@@ -278,9 +278,10 @@ def test_keys_of_dates_bytes_and_truth_values(store: OnlineStore) -> None:
 
 
 def test_keys_that_are_odd_text(store: OnlineStore) -> None:
-    odd = ["", "a\0b", "a", "a b", "ÿ", "\U0001f600", "'; DROP", "x" * 5000]
+    odd = ["", "a\0b", "a", "a b", "ÿ", "\U0001f600", "'; DROP", '"', "\\", "\n", "x" * 5000]
     write(store, *((key, 0, number) for number, key in enumerate(odd)))
     assert values(store, *odd) == list(range(len(odd)))
+    assert values(store, "a b", "nobody", "ÿ", "x" * 5000) == [3, None, 4, len(odd) - 1], "without those that JSON writes otherwise"
     with pytest.raises(OnlineStoreError, match="is no text that UTF-8 can hold"):
         values(store, "\ud800")
     with pytest.raises(OnlineStoreError, match=r"keys is a list of keys, such as \['a'\], got 'a'"):

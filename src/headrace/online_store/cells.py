@@ -153,8 +153,8 @@ def pack(array: pa.Array) -> list[bytes]:
     return packed
 
 
-def unpack(cells: Sequence[bytes], arrow: pa.DataType, count: int, valid: Bools | None) -> pa.Array:
-    """A column of `count` values that vary in length, from its cells; `valid` says which are there, or None that all are.
+def unpack(cells: Sequence[bytes], lengths: npt.NDArray[Any], arrow: pa.DataType, valid: Bools | None) -> pa.Array:
+    """A column of values that vary in length, from its cells and their lengths; `valid` says which are there, or None that all are.
 
     Raises:
         ValueError: these are no cells of that type.
@@ -166,12 +166,13 @@ def unpack(cells: Sequence[bytes], arrow: pa.DataType, count: int, valid: Bools 
         data.decode()
         if any(cell and cell[0] & 0xC0 == 0x80 for cell in cells):
             raise ValueError("a text begins in the middle of a character")
-    return pa.Array.from_buffers(arrow, count, [_bitmap(valid), _offsets(np.fromiter(map(len, cells), np.int64, count)), pa.py_buffer(data)])
+    return pa.Array.from_buffers(arrow, len(cells), [_bitmap(valid), _offsets(lengths), pa.py_buffer(data)])
 
 
-def _offsets(counts: Sequence[int] | npt.NDArray[np.int64]) -> pa.Buffer:
+def _offsets(counts: Sequence[int] | npt.NDArray[Any]) -> pa.Buffer:
     offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets[1:] = counts
+    offsets = np.cumsum(offsets)
     if offsets[-1] > _MOST_BYTES:
         raise ValueError(f"{offsets[-1] / 1e9:.1f} GB of one column at once; read fewer keys at a time")
     return pa.py_buffer(offsets.astype(np.int32))
@@ -180,6 +181,7 @@ def _offsets(counts: Sequence[int] | npt.NDArray[np.int64]) -> pa.Buffer:
 def _lists(cells: Sequence[bytes], arrow: pa.DataType, valid: Bools | None) -> pa.Array:
     size = width(arrow.value_type)
     counts: list[int] = []
+    lengths = [np.empty(0, _LENGTH)]
     bits: list[Bools] = []
     contents: list[bytes] = []
     for cell in cells:
@@ -196,14 +198,15 @@ def _lists(cells: Sequence[bytes], arrow: pa.DataType, valid: Bools | None) -> p
             contents.append(cell[at:])
         else:
             start = at + 4 * count
-            ends = list(itertools.accumulate(np.frombuffer(cell[at:start], _LENGTH).tolist(), initial=start))
+            lengths.append(np.frombuffer(cell[at:start], _LENGTH))
+            ends = list(itertools.accumulate(lengths[-1].tolist(), initial=start))
             contents += [cell[begin:end] for begin, end in itertools.pairwise(ends)]
             if ends[-1] != max(len(cell), 4):
                 raise ValueError("a list is cut off")
     there = np.concatenate(bits) if bits else np.empty(0, np.bool_)
     whole = None if there.all() else there
     if size is None:
-        items = unpack(contents, arrow.value_type, len(there), whole)
+        items = unpack(contents, np.concatenate(lengths), arrow.value_type, whole)
     else:
         flat = b"".join(contents)
         if len(flat) != len(there) * size:

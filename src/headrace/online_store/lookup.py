@@ -131,6 +131,15 @@ class Lookup:
         with self._counting:
             return self.view.name, self.asked, self.missing
 
+    def newest_s(self) -> float | None:
+        """The newest event time that the store has of the view, in seconds since 1970; None if it has no event. It asks the store.
+
+        Raises:
+            OnlineStoreError: the store is out of reach, or has the view no more.
+        """
+        newest = self._store.freshness(self.view.name).newest
+        return None if newest is None else newest.timestamp()
+
     def join(self, rows: pa.Table, events: pa.Table, *, time: str) -> pa.Table:
         """The rows in their order with the columns that this stage writes, as they were known at the time of each: the point-in-time join.
 

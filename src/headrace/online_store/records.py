@@ -1,16 +1,14 @@
-"""The features of one key as one blob, and many blobs as columns again.
+"""The features of one key as one blob.
 
-    event time | as of | expiry | numbers, by their width | a bit per feature that is there | lengths of what varies (4 bytes each) | vectors | what varies
+    event time | as of | expiry | numbers, by their width, and truth values | a bit per feature that is there | lengths of what varies | vectors | what varies
 
 All features of a key are one value for a store, which changes whole or not at all. The three instants are microseconds since 1970, moved up by 2**63
 and big-endian: they compare as bytes as they do as instants, in whatever language. The first two say which of two values is the later one. The rest is
-as in `cells`, in the order of the schema.
+as in `cells`, in the order of the schema. Lengths have 4 bytes each. Behind the numbers of 8 bytes is the event time once more, as one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,35 +23,36 @@ TIME, RANK, EXPIRY = slice(0, 8), slice(0, 16), slice(16, 24)
 NEVER = 2**63 - 1
 """The expiry of what does not expire."""
 
-_MIDDLE = 2**63
-_INSTANT = pa.timestamp("us", tz="UTC")
-_LENGTH_BYTES = 4
+MIDDLE = 2**63
+"""What is added to an instant in a blob."""
+
+KINDS = {"w8": "<u8", "w4": "<u4", "w2": "<u2", "w1": "u1"}
+"""What numpy makes of numbers of each width."""
 
 
 def coded(instant_us: int) -> bytes:
     """An instant as it stands in a blob."""
-    return (instant_us + _MIDDLE).to_bytes(8, "big")
+    return (instant_us + MIDDLE).to_bytes(8, "big")
 
 
 def instant_us(code: bytes) -> int:
     """The instant that `coded` wrote."""
-    return int.from_bytes(code, "big") - _MIDDLE
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Blobs as columns: which were found, their event times, and the features asked for."""
-
-    found: pa.Array
-    times: pa.Array
-    features: list[pa.Array]
+    return int.from_bytes(code, "big") - MIDDLE
 
 
 class Layout:
     """How rows of a schema lie in blobs.
 
-    Reading 100 keys must not take much longer than the database takes: numbers of one width lie together and are turned into columns at once, and
-    nothing is copied twice that may be long.
+    Numbers of one width lie together, so that they are turned into columns at once.
+
+    Attributes:
+        features: the schema.
+        head: what is the same in all blobs, as numpy has it, up to the vectors. Numbers are `w8`, `w4`, `w2` and `w1`, truth values `truths`.
+        numbers: by name in `head`, the places of those features in the schema.
+        wide: by place, where a vector lies in a blob.
+        varying: the places of features that vary in length.
+        fixed_bytes: how much of a blob does not vary.
+        full: the bits of a row that has all features.
 
     Raises:
         ValueError: a column has a type that cannot be kept; names it.
@@ -61,10 +60,9 @@ class Layout:
 
     def __init__(self, features: pa.Schema) -> None:
         self.features = features
-        self._types = features.types  # asking the schema for each would take as long as making the column
-        self._narrow: dict[int, list[int]] = {8: [], 4: [], 2: [], 1: []}  # by width, the places of numbers
-        self._wide: dict[int, slice] = {}  # by place, where a vector lies in a blob
-        self._varying: list[int] = []
+        self.numbers: dict[str, list[int]] = {"w8": [], "w4": [], "w2": [], "w1": [], "truths": []}
+        self.wide: dict[int, slice] = {}
+        self.varying: list[int] = []
         widths = {}
         for at, field in enumerate(features):
             try:
@@ -72,24 +70,23 @@ class Layout:
             except ValueError as error:
                 raise ValueError(f"column {field.name!r}: {error}") from None
             if size is None:
-                self._varying.append(at)
-            elif size in self._narrow:
-                self._narrow[size].append(at)
-            else:
+                self.varying.append(at)
+            elif field.type.num_fields:
                 widths[at] = size
+            else:
+                self.numbers["truths" if pa.types.is_boolean(field.type) else f"w{size}"].append(at)
         fields: list[Any] = [("time", ">u8"), ("known", ">u8"), ("expires", ">u8")]
-        fields += [(f"w{size}", f"<u{size}", (len(places),)) for size, places in self._narrow.items() if places]
+        fields += [(name, KINDS.get(name, "u1"), (len(places) + (name == "w8"),)) for name, places in self.numbers.items() if places or name == "w8"]
         fields.append(("present", "u1", ((len(features) + 7) // 8,)))
-        if self._varying:
-            fields.append(("lengths", "<u4", (len(self._varying),)))
-        self._head = np.dtype(fields)
-        end = self._head.itemsize
+        if self.varying:
+            fields.append(("lengths", "<u4", (len(self.varying),)))
+        self.head = np.dtype(fields)
+        end = self.head.itemsize
         for at, size in widths.items():
-            self._wide[at] = slice(end, end + size)
+            self.wide[at] = slice(end, end + size)
             end += size
-        self._fixed_bytes = end
-        self._absent = bytes(end)
-        self._full = np.packbits(np.ones(len(features), np.bool_), bitorder="little").tobytes()
+        self.fixed_bytes = end
+        self.full = np.packbits(np.ones(len(features), np.bool_), bitorder="little").tobytes()
 
     def encode(self, table: pa.Table, times_us: npt.NDArray[np.int64], expiry_us: npt.NDArray[np.int64], at_us: int) -> list[bytes]:
         """The rows of a table of exactly this schema as blobs, as of `at_us`.
@@ -97,11 +94,11 @@ class Layout:
         Raises:
             ValueError: a value that cannot be kept; names its column.
         """
-        heads = np.zeros(len(table), self._head)
-        heads["time"], heads["expires"] = times_us.view(np.uint64) ^ np.uint64(_MIDDLE), expiry_us.view(np.uint64) ^ np.uint64(_MIDDLE)
-        heads["known"] = at_us + _MIDDLE
+        heads = np.zeros(len(table), self.head)
+        heads["time"], heads["expires"] = times_us.view(np.uint64) ^ np.uint64(MIDDLE), expiry_us.view(np.uint64) ^ np.uint64(MIDDLE)
+        heads["known"], heads["w8"][:, -1] = at_us + MIDDLE, times_us
         present = np.empty((len(table), len(self.features)), np.bool_)
-        place = {at: (f"w{size}", column) for size, places in self._narrow.items() for column, at in enumerate(places)}
+        place = {at: (name, column) for name, places in self.numbers.items() for column, at in enumerate(places)}
         wide: list[list[bytes]] = []
         varying: list[list[bytes]] = []
         for at, column in enumerate(table.columns):
@@ -110,7 +107,7 @@ class Layout:
             try:
                 if at in place:
                     heads[place[at][0]][:, place[at][1]] = cells.raw(array)
-                elif at in self._wide:
+                elif at in self.wide:
                     wide.append([row.tobytes() for row in cells.raw(array)])
                 else:
                     heads["lengths"][:, len(varying)] = np.fromiter(map(len, packed := cells.pack(array)), np.int64, len(array))
@@ -118,64 +115,5 @@ class Layout:
             except ValueError as error:
                 raise ValueError(f"column {self.features.names[at]!r}: {error}") from None
         heads["present"] = np.packbits(present, axis=1, bitorder="little")
-        whole, size = heads.tobytes(), self._head.itemsize
+        whole, size = heads.tobytes(), self.head.itemsize
         return [b"".join((whole[start : start + size], *rest)) for start, *rest in zip(range(0, len(whole), size), *wide, *varying, strict=True)]
-
-    def decode(self, blobs: list[bytes | None], now_us: int, wanted: Sequence[int]) -> Read:
-        """Blobs, None for a key that there is not, as columns; what has expired by `now_us` counts as not there. `wanted` are places in the schema.
-
-        Raises:
-            ValueError: a blob is none of this schema.
-        """
-        size, count = self._head.itemsize, len(blobs)
-        absent = blobs.count(None)
-        filled = [self._absent if blob is None else blob for blob in blobs] if absent else blobs
-        if not self._varying and set(map(len, filled)) - {self._fixed_bytes}:  # type: ignore[arg-type]
-            raise ValueError("a value has another length than its view's schema says")
-        whole = b"".join([blob[:size] for blob in filled] if self._fixed_bytes > size or self._varying else filled)  # type: ignore[index,arg-type]
-        if len(whole) != count * size:
-            raise ValueError("a value is shorter than its view's schema says")
-        heads = np.frombuffer(whole, self._head)
-        found = heads["expires"] > now_us + _MIDDLE
-        missing = int(count - np.count_nonzero(found))
-        if missing > absent:  # some have expired, which is rare: once more, without them
-            return self.decode([blob if there else None for blob, there in zip(blobs, found.tolist(), strict=True)], now_us, wanted)
-        present = None
-        if missing or heads["present"].tobytes() != self._full * count:
-            present = np.unpackbits(heads["present"], axis=1, count=len(self.features), bitorder="little").astype(np.bool_)
-        data = self._cut(filled, heads, wanted)  # type: ignore[arg-type]
-        features = []
-        for at in wanted:
-            valid = None if present is None or present[:, at].all() else present[:, at]
-            take = cells.unpack if at in self._varying else cells.from_raw
-            features.append(take(data[at], self._types[at], count, valid))
-        times = (heads["time"].astype(np.uint64) ^ np.uint64(_MIDDLE)).view(np.int64)
-        return Read(
-            cells.from_raw(found.view(np.uint8), pa.bool_(), count, None),
-            cells.from_raw(times, _INSTANT, count, found if missing else None),
-            features,
-        )
-
-    def _cut(self, blobs: Sequence[bytes], heads: npt.NDArray[Any], wanted: Sequence[int]) -> dict[int, Any]:
-        """By place, the memory of a column's values, or of a column that varies its cells."""
-        data: dict[int, Any] = {}
-        for size, places in self._narrow.items():
-            if places:
-                together = pa.py_buffer(np.ascontiguousarray(heads[f"w{size}"].T))
-                length = size * len(blobs)
-                data.update({at: together.slice(column * length, length) for column, at in enumerate(places)})
-        for at, where in self._wide.items():
-            if at in wanted:
-                data[at] = b"".join([blob[where] for blob in blobs])
-        if not self._varying:
-            return data
-        ends = np.cumsum(heads["lengths"], axis=1, dtype=np.int64) + self._fixed_bytes
-        if (ends[:, -1] != np.fromiter(map(len, blobs), np.int64, len(blobs))).any():
-            raise ValueError("a value has another length than it says itself")
-        starts = [self._fixed_bytes] * len(blobs)
-        for column, at in enumerate(self._varying):
-            stops = ends[:, column].tolist()
-            if at in wanted:
-                data[at] = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
-            starts = stops
-        return data

@@ -16,6 +16,7 @@ import pyarrow as pa
 from headrace.errors import OnlineStoreError, OtherFeaturesError, check_number, listing, nearest
 from headrace.online_store import records
 from headrace.online_store.engine import Engine, Generation
+from headrace.online_store.reading import Reader
 from headrace.online_store.records import Layout
 from headrace.online_store.views import ViewSchema, check_name, missing_from, plain
 
@@ -25,8 +26,7 @@ _SECOND_US = 1_000_000
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _EARLIEST_US, _LATEST_US = -62_135_596_800 * _SECOND_US, 253_402_300_800 * _SECOND_US - 1  # the years 1 to 9999
 _LONGEST_US = 2**62  # to live
-_ADDED = (pa.field("found", pa.bool_()), pa.field("event_time", pa.timestamp("us", tz="UTC")))
-_PLANS = 64  # of what to read that are kept for a view
+_READERS = 64  # that are kept for a view, one for each choice of features
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class _Known:
     generation: Generation
     schema: ViewSchema
     layout: Layout
-    plans: dict[int | None, tuple[pa.Schema | None, list[int], pa.Schema]] = field(default_factory=dict)
+    readers: dict[int | None, tuple[pa.Schema | None, Reader]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,20 +223,19 @@ class OnlineStore:
         for _ in range(_ATTEMPTS):
             known = self._views.get(view) or self._look_up(view)
             asked = known.schema.encode(keys)
-            there = [key for key in asked if key is not None]
-            blobs = self.engine.fetch(known.generation, there)
+            there = [key for key in asked if key is not None] if None in asked else asked
+            blobs = self.engine.fetch(known.generation, there)  # type: ignore[arg-type]
             if blobs is None:  # another generation took its place
                 self._views.pop(view, None)
                 continue
             if len(there) < len(asked):
                 each = iter(blobs)
                 blobs = [None if key is None else next(each) for key in asked]
-            places, schema = self._wanted(known, features)
+            reader = self._reader(known, features)
             try:
-                got = known.layout.decode(blobs, self._now_us(), places)
+                return reader.read(blobs, self._now_us())
             except ValueError as error:
                 raise OnlineStoreError(f"view {view!r} in {self.name!r} is damaged: {error}; publish it again") from error
-            return pa.Table.from_arrays([*got.features, got.found, got.times], schema=schema)
         raise self._lost(view)
 
     def freshness(self, view: str) -> Freshness:
@@ -306,19 +305,19 @@ class OnlineStore:
             raise OnlineStoreError(f"view {known.generation.view!r}: {error}") from error
         return self.engine.put(known.generation, [key for key in keys if key is not None], values, self._now_us())
 
-    def _wanted(self, known: _Known, features: pa.Schema | None) -> tuple[list[int], pa.Schema]:
-        """Places of features in the view's schema, and the schema of what is read."""
-        plan = known.plans.get(None if features is None else id(features))
-        if plan is not None and plan[0] is features:
-            return plan[1], plan[2]
+    def _reader(self, known: _Known, features: pa.Schema | None) -> Reader:
+        """What reads these features of the view, all if None."""
+        kept_reader = known.readers.get(None if features is None else id(features))
+        if kept_reader is not None and kept_reader[0] is features:
+            return kept_reader[1]
         kept = known.schema.features
         if features is not None and (other := missing_from(kept, features)):
             raise OtherFeaturesError(f"view {known.generation.view!r} in {self.name!r} has other features than asked for: {other}")
         names = kept.names if features is None else features.names
-        places, schema = [kept.names.index(name) for name in names], pa.schema([*(kept.field(name) for name in names), *_ADDED])
-        if len(known.plans) < _PLANS:
-            known.plans[None if features is None else id(features)] = features, places, schema
-        return places, schema
+        reader = Reader(known.layout, [kept.names.index(name) for name in names])
+        if len(known.readers) < _READERS:
+            known.readers[None if features is None else id(features)] = features, reader
+        return reader
 
     def _lost(self, view: str) -> OnlineStoreError:
         return OnlineStoreError(

@@ -149,7 +149,7 @@ class Stats:
 
     Requests taken and not answered, and those of them that no call has begun on; the age of the oldest call under way; rows answered and
     calls made since it started, and the sum over these calls of how full each was; its memory; whether it takes no more. `engine` are the
-    figures of its language model's engine, if it has one: see `headrace.readings`.
+    figures of its language model's engine, if it has one: see `headrace.readings`; `lookups` what is looked up, see `replica.lookups`.
     """
 
     in_flight: int
@@ -161,6 +161,7 @@ class Stats:
     memory_bytes: int
     draining: bool
     engine: dict[str, float] | None = None
+    lookups: dict[str, tuple[int, int, float | None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

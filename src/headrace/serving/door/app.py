@@ -291,3 +291,4 @@ class Door:
                 self.metrics.replicas(version.number, pool.group, len(pool.usable))
         self.metrics.connections(self.connections)
         self.metrics.engines(self.fleet.engines())
+        self.metrics.lookups(self.fleet.lookups())

@@ -6,14 +6,15 @@ import bisect
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from headrace.serving.door.journey import GONE, MOVED
 from headrace.serving.door.retries import Retries
 from headrace.serving.door.routing import Pool
 from headrace.serving.routes import LATENCY_BOUNDS_S, Limits, Routes, VersionReport, VersionRoute
-from headrace.serving.wire import Done, Failure
+from headrace.serving.watch.lookups import Told
+from headrace.serving.wire import Done, Failure, Stats
 
 _SHED = (429, 503)
 
@@ -143,8 +144,11 @@ class Fleet:
 
     def engines(self) -> dict[tuple[int, str], Mapping[str, float]]:
         """What was last heard of the engines of language models, by version and replica."""
-        links = [(pool.version, link) for pool in self._pools() for link in pool.links.values()]
-        return {(version, link.endpoint.replica): link.stats.engine for version, link in links if link.stats is not None and link.stats.engine is not None}
+        return {place: stats.engine for place, stats in self._heard() if stats.engine is not None}
+
+    def lookups(self) -> dict[tuple[int, str], Told]:
+        """What was last heard of the features that replicas look up, by version and replica."""
+        return {place: stats.lookups for place, stats in self._heard() if stats.lookups is not None}
 
     def hung(self) -> tuple[str, ...]:
         """The replicas that are ejected."""
@@ -153,6 +157,13 @@ class Fleet:
     def waiting(self) -> dict[tuple[int, str], int]:
         """How many requests wait for a group's first replica."""
         return {(pool.version, pool.group): count for pool in self._pools() if not pool.usable and (count := pool.waiting())}
+
+    def _heard(self) -> Iterator[tuple[tuple[int, str], Stats]]:
+        """What was last heard of each replica, by version and name."""
+        for pool in self._pools():
+            for link in pool.links.values():
+                if link.stats is not None:
+                    yield (pool.version, link.endpoint.replica), link.stats
 
     def _pools(self) -> list[Pool]:
         return [pool for version in self.versions.values() for pool in version.pools]

@@ -24,6 +24,7 @@ from headrace.serving.replica.floor import Floor
 from headrace.serving.replica.hearing import Connection
 from headrace.serving.replica.jobs import LEAST_PRIORITY, Answer, Busy, Job
 from headrace.serving.replica.lean import contained
+from headrace.serving.replica.lookups import Lookups
 from headrace.serving.replica.outlets import Anteroom, Channel
 from headrace.serving.replica.parsing import LARGE_BYTES, parse
 from headrace.serving.replica.scribe import Scribe
@@ -84,6 +85,7 @@ class ReplicaServer:
         self._stations = Stations(self._floor, self._codec, owner=self, group=group, device=device)
         speaker = speaker_of(contained(station.workers[0]) for station in self._floor.stations)
         self._scribe = None if speaker is None else Scribe.of(self._stations)
+        self._lookups = Lookups(call for station in self._floor.stations for call in contained(station.workers[0]))
         self._talks = None if speaker is None else Talks(speaker, background=limits.background, scribe=self._scribe)
         self._anteroom = None if speaker is None else Anteroom(token)
 
@@ -107,6 +109,7 @@ class ReplicaServer:
         if time.perf_counter() - began_s < 1:
             self._warm_up(incoming, len(body))
             self._floor.forget(pace=False)
+        self._lookups.forget()
 
     def start(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
         """Listen, in a thread of its own; returns the address.
@@ -143,7 +146,8 @@ class ReplicaServer:
         in_flight = sum(len(connection.jobs) + len(connection.talks) for connection in list(self._connections))
         engine = None if self._talks is None else self._talks.figures()
         rows = floor.rows + (0 if self._scribe is None else self._scribe.rows)
-        return Stats(in_flight, floor.queued(), floor.oldest_call_s(), rows, floor.calls, floor.filled, _memory_bytes(), self._draining, engine)
+        counted = floor.queued(), floor.oldest_call_s(), rows, floor.calls, floor.filled
+        return Stats(in_flight, *counted, _memory_bytes(), self._draining, engine, self._lookups.told())
 
     def drain(self, timeout_s: float) -> bool:
         """Take nothing more, tell the doors, and finish what was taken; false if that took too long. May be called from any thread."""
@@ -164,6 +168,7 @@ class ReplicaServer:
                 self._thread.join(5)
             sys.setswitchinterval(self._turns_s)
         self._stations.close()
+        self._lookups.close()
         if self._anteroom is not None:
             self._anteroom.close()
         if self._scribe is not None:

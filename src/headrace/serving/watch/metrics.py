@@ -1,7 +1,7 @@
 """What a door counts, as Prometheus reads it.
 
 Counting happens with every request, so it is plain arithmetic on lists; text is made only when asked for. Every series has the labels `service`
-and `door`, so that the doors of a service can be added up; only what engines tell of themselves, which every door hears, is of no door. The number
+and `door`, so that the doors of a service can be added up; only what replicas tell of engines and lookups, which every door hears, is of no door. The number
 of series is bounded: the versions last deployed have labels of their own, older ones are `other`; so are names of keys, models and reasons beyond a
 fixed number.
 """
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from prometheus_client import ProcessCollector
 
 from headrace.serving.routes import LATENCY_BOUNDS_S
-from headrace.serving.watch import speech
+from headrace.serving.watch import lookups, speech
 from headrace.serving.watch.exposition import CONTENT_TYPE, Family, Histogram, escaped, join, line, write
 from headrace.serving.watch.speech import EACH, Engines, Spoken
 from headrace.serving.wire import Done
@@ -47,6 +47,7 @@ _HELP = {
     "headrace_shadow_pairs_total": ("counter", "Requests that two versions computed to be compared, by outcome."),
     "headrace_key_requests_total": ("counter", "Requests by name of the API key."),
     **speech.HELP,
+    **lookups.HELP,
 }
 
 _NAMED = {
@@ -112,6 +113,7 @@ class DoorMetrics:
         self._occupancy: dict[int, tuple[int, int]] = {}
         self._replicas: dict[tuple[int, str], int] = {}
         self._engines = Engines(service)
+        self._lookups = lookups.Lookups(service)
         self._connections = 0
         self._expired = 0
         self._process = ProcessCollector(registry=None) if process else None
@@ -159,6 +161,10 @@ class DoorMetrics:
     def engines(self, told: Mapping[tuple[int, str], Mapping[str, float]]) -> None:
         """What the engines of language models tell of themselves, by version and replica; see `headrace.readings`."""
         self._engines.told = told
+
+    def lookups(self, told: Mapping[tuple[int, str], lookups.Told]) -> None:
+        """What replicas tell of the features that they look up, by version and replica."""
+        self._lookups.told = told
 
     def shed(self, reason: str) -> None:
         """A request was turned away because there is too much work."""
@@ -244,7 +250,7 @@ class DoorMetrics:
             add("headrace_group_rows_total", labels, group.rows)
         for name, labels, value in (*self._gauges(), *self._by_name()):
             add(name, labels, value)
-        for name, lines in self._by_speech():
+        for name, lines in self._by_part():
             families[name].lines += lines
         for metric in self._process.collect() if self._process is not None else ():
             for sample in metric.samples:
@@ -257,11 +263,12 @@ class DoorMetrics:
         if self._older.codes:
             yield f',version="{OTHER}"', self._older
 
-    def _by_speech(self) -> Iterator[tuple[str, list[str]]]:
+    def _by_part(self) -> Iterator[tuple[str, list[str]]]:
         for version, counted in self._by_version():
             if counted.spoken is not None:
                 yield from counted.spoken.lines(f"{self._labels}{version}")
         yield from self._engines.lines()
+        yield from self._lookups.lines()
 
     def _by_group(self) -> Iterator[tuple[str, _Group]]:
         for (version, name), counted in sorted(self._groups.items()):
