@@ -272,6 +272,13 @@ def test_latest_leaves_out_keys_of_which_nothing_is_known_yet():
     assert f.latest(view(), table.slice(0, 0), at=NOON).num_rows == 0
 
 
+def test_latest_gives_each_key_of_two_columns_its_own_values():
+    """Whichever way the second column's values come in the first one's groups."""
+    table = pa.table({"a": ["p", "q", "q"], "b": ["y", "x", "y"], "t": [NOON - dt.timedelta(hours=h) for h in range(3)], "x": [1.0, 2.0, 3.0]})
+    found = f.latest(view(key=("a", "b"), features={"x": "x"}), table, at=NOON)
+    assert found.to_pylist() == table.sort_by([("a", "ascending"), ("b", "ascending")]).to_pylist()
+
+
 def test_a_view_is_a_value():
     full = view(source="in/*.parquet", features={"n": f.count(over="36h", delay="90s"), "x": "x"}, delay="1d", ttl="2w")
     assert pickle.loads(pickle.dumps(full)) == full

@@ -71,8 +71,9 @@ def latest(view: FeatureView, events: Columns, *, at: dt.datetime, keys: pa.Tabl
     when = pa.array([instant], pa.timestamp("us", "UTC")).take(pa.array(np.zeros(keys.num_rows, np.int64)))
     asked = {name: keys[name] for name in view.key} | {view.time: pa.chunked_array([when])}
     placed = order(asked, {name: events[name] for name in (*view.key, view.time)}, view=f"feature view {view.name!r}")
-    newest, there = _newest(view, placed)
-    columns = {name: keys[name].take(pa.array(placed.labels)) for name in view.key}
+    back = _back(placed)
+    newest, there = (of_each[back] for of_each in _newest(view, placed))
+    columns = {name: keys[name] for name in view.key}
     columns[view.time] = (
         events[view.time].take(pa.array(placed.rows[newest], mask=~there)) if len(placed.rows) else pa.nulls(len(there), events[view.time].type)
     )
