@@ -7,11 +7,13 @@ import pickle
 import numpy as np
 import oracle
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import headrace as hr
 from headrace import features as f
 from headrace.errors import DefinitionError, SourceError, WiringError
+from headrace.features.blocks import ROWS
 
 VIEW = {"key": "k", "time": "t", "features": {"n": f.count()}}
 EVENTS = pa.schema({"k": pa.string(), "t": pa.timestamp("us"), "x": pa.float64(), "n": pa.int32(), "w": pa.string(), "v": pa.list_(pa.float32(), 2)})
@@ -263,6 +265,24 @@ def test_chunked_tables_are_as_good_as_whole_ones():
     for row in found:
         expected = oracle.features(every, row, events(*rows).to_pylist())
         assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_many_labels_are_joined_as_a_few_are():
+    """Labels in several blocks, and more events than one thread sorts, give what a few labels with the events of their keys give."""
+    rng = np.random.default_rng(0)
+    many, keys = 2 * ROWS + 1000, 500
+    times = lambda count: pa.array(rng.integers(0, 10**13, count), pa.timestamp("us"), mask=rng.random(count) < 0.01)  # noqa: E731
+    words = pa.array(["x", "y", "z"]).take(pa.array(rng.integers(0, 3, many), mask=rng.random(many) < 0.1))
+    table = pa.table({"k": rng.integers(0, keys, many), "t": times(many), "x": pa.array(rng.normal(size=many), mask=rng.random(many) < 0.1), "w": words})
+    labels = pa.table({"k": rng.integers(0, keys + 1, many), "t": times(many)})
+    window = {"over": "30d"}
+    numbers = {"n": f.count(**window), "sum": f.sum("x", **window), "mean": f.mean("x", delay="1d"), "middle": f.quantile("x", 0.5, **window)}
+    values = {"least": f.min("x", **window), "most": f.max("w", **window), "d": f.distinct("w"), "x": "x", "w": f.last("w", default="none")}
+    every = view(features=numbers | values, ttl="90d")
+    found = f.as_of(every, labels, table)
+    for key in (0, 7, keys):
+        few, mine = (of.filter(pc.equal(of["k"], key)) for of in (labels, table))
+        assert found.filter(pc.equal(found["k"], key)).equals(f.as_of(every, few, mine))
 
 
 def test_latest_leaves_out_keys_of_which_nothing_is_known_yet():
