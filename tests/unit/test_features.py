@@ -267,11 +267,12 @@ def test_chunked_tables_are_as_good_as_whole_ones():
         assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
-def test_many_labels_are_joined_as_a_few_are():
+@pytest.mark.parametrize("step_us", [1, 86_400_000_000], ids=["microseconds", "days"])
+def test_many_labels_are_joined_as_a_few_are(step_us):
     """Labels in several blocks, and more events than one thread sorts, give what a few labels with the events of their keys give."""
     rng = np.random.default_rng(0)
     many, keys = 2 * ROWS + 1000, 500
-    times = lambda count: pa.array(rng.integers(0, 10**13, count), pa.timestamp("us"), mask=rng.random(count) < 0.01)  # noqa: E731
+    times = lambda count: pa.array(rng.integers(0, 10**13 // step_us, count) * step_us, pa.timestamp("us"), mask=rng.random(count) < 0.01)  # noqa: E731
     words = pa.array(["x", "y", "z"]).take(pa.array(rng.integers(0, 3, many), mask=rng.random(many) < 0.1))
     table = pa.table({"k": rng.integers(0, keys, many), "t": times(many), "x": pa.array(rng.normal(size=many), mask=rng.random(many) < 0.1), "w": words})
     labels = pa.table({"k": rng.integers(0, keys + 1, many), "t": times(many)})

@@ -74,8 +74,8 @@ def latest(view: FeatureView, events: Columns, *, at: dt.datetime, keys: pa.Tabl
     when = pa.array([instant], pa.timestamp("us", "UTC")).take(pa.array(np.zeros(keys.num_rows, np.int64)))
     asked = {name: keys[name] for name in view.key} | {view.time: pa.chunked_array([when])}
     placed = order(asked, {name: events[name] for name in (*view.key, view.time)}, view=f"feature view {view.name!r}")
-    known = [(rows[block.back], there[block.back]) for block, (rows, there) in zip(placed.labels, _newest(view, placed), strict=True)]
-    newest, there = (np.concatenate(of_all) for of_all in zip(*known, strict=True))
+    back = [slice(None) if block.back is None else block.back for block in placed.labels]
+    newest, there = (np.concatenate([of[at] for of, at in zip(every, back, strict=True)]) for every in zip(*_newest(view, placed), strict=True))
     columns = {name: keys[name] for name in view.key}
     columns[view.time] = (
         events[view.time].take(pa.array(placed.rows[newest], mask=~there)) if len(placed.rows) else pa.nulls(len(there), events[view.time].type)
@@ -145,11 +145,13 @@ def _alive(view: FeatureView, placed: Order) -> list[Flags] | None:
     return [there & (newest >= first) for (newest, there), (first, _) in zip(_newest(view, placed), spans, strict=True)]
 
 
-def _filled(default: pa.Scalar, block: tuple[pa.Array, Flags, Ints]) -> pa.Array:
+def _filled(default: pa.Scalar, block: tuple[pa.Array, Flags, Ints | None]) -> pa.Array:
     """The values at their places, and the default where there is none."""
     values, there, back = block
     if there.all():
-        return values.take(pa.array(back))
+        return values if back is None else values.take(pa.array(back))
+    if back is None:
+        back = np.arange(len(there))
     if not default.is_valid:
         return values.take(pa.array(back, mask=~there[back]))
     return pa.concat_arrays([values, pa.array([default.as_py()], values.type)]).take(pa.array(np.where(there[back], back, len(back))))

@@ -28,15 +28,15 @@ _MICROSECOND = dt.timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some labels that follow each other, by key and time.
+    """Some labels that follow each other, by key and time; or as they are where positions are looked up, since the order is of use for searches only.
 
     Attributes:
-        back: where in that order each of them stands.
+        back: where in that order each of them stands; None if they are as they were.
         codes: the number of the key of each, in that order.
         times: the instant of each, in that order.
     """
 
-    back: Ints
+    back: Ints | None
     codes: Ints
     times: Ints
 
@@ -58,6 +58,7 @@ class Order:
     labels: Sequence[Block]
     per_microsecond: int
     _ruler: Ruler
+    _calendar: Calendar | None
     _known: dict[int | None, list[Ints]] = field(default_factory=dict)
 
     @property
@@ -79,8 +80,10 @@ class Order:
     def _behind_in(self, ticks: int | None, block: Block) -> Ints:
         if ticks is None:
             return self.firsts[block.codes]
-        spots = block.codes * self._ruler.length + self._ruler.marks(earlier(block.times, ticks))
-        return np.searchsorted(self.spots, spots, side="right")  # 0 for labels of no key, whose spots are below 0
+        marks = self._ruler.marks(earlier(block.times, ticks))
+        if self._calendar is not None:
+            return self._calendar.behind(block.codes, marks)
+        return np.searchsorted(self.spots, block.codes * self._ruler.length + marks, side="right")  # 0 for labels of no key, whose spots are below 0
 
     def _ticks(self, took: dt.timedelta) -> int:
         """A duration in the unit of the instants."""
@@ -106,14 +109,15 @@ class Ruler:
             return Ruler(0, 1, 1)
         ends = pc.min_max(column)
         first, last = instants(pa.array([ends["min"], ends["max"]], column.type), unit, what)[0].tolist()
-        most = _MOST // max(keys, 1) - 1
-        if last - first < most:
-            return Ruler(first, 1, last - first + 1)
-        times = instants(column.drop_null(), unit, what)[0]
-        step = int(np.gcd.reduce(times - first)) or 1 if last - first <= _MOST else 1
-        if (last - first) // step < most:
+        step = 0
+        for rows in blocks(len(column)) if last - first <= _MOST else ():
+            step = int(np.gcd.reduce(instants(piece(column, rows).drop_null(), unit, what)[0] - first, initial=step))
+            if step == 1:
+                break
+        step = step or 1
+        if (last - first) // step < _MOST // max(keys, 1) - 1:
             return Ruler(first, step, (last - first) // step + 1)
-        every = np.unique(times)
+        every = np.unique(instants(column.drop_null(), unit, what)[0])
         return Ruler(first, 1, len(every), every)
 
     def marks(self, times: Ints) -> Ints:
@@ -128,6 +132,45 @@ class Ruler:
         if self.step > 1:
             within //= self.step
         return np.where(times < self.first, -1, within) if before else within
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """Events of keys that have one at most marks from their first to their last, as a table in which positions are looked up rather than searched.
+
+    Attributes:
+        before: for each key the mark before its first event, and at last that of no key.
+        length: how many marks there are from then to its last event.
+        start: where in the table they begin.
+        table: the position behind the last event by each mark.
+    """
+
+    before: Ints
+    length: Ints
+    start: Ints
+    table: Ints
+
+    @staticmethod
+    def of(spots: Ints, firsts: Ints, marks: int, most: int) -> Calendar | None:
+        """The table of these events, of keys with so many marks each; None where it would have more than `most` places."""
+        if not len(spots):
+            return None
+        counts = np.diff(firsts[:-1], append=len(spots))
+        there = counts > 0
+        zeros = np.arange(len(counts)) * marks
+        before = np.where(there, spots[np.minimum(firsts[:-1], len(spots) - 1)] - zeros, 0) - 1
+        length = np.where(there, spots[firsts[:-1] + counts - 1] - zeros - before, 0)
+        start = np.cumsum(length + 1) - length - 1
+        size = int(start[-1] + length[-1]) + 1
+        if size > most:
+            return None
+        table = np.cumsum(np.bincount(spots + np.repeat(start - before - zeros, counts), minlength=size))
+        return Calendar(np.append(before, 0), np.append(length, 0), np.append(start, 0), table)
+
+    def behind(self, codes: Ints, marks: Ints) -> Ints:
+        """The position behind the last event of each key by a mark."""
+        found: Ints = self.table[self.start[codes] + np.clip(marks - self.before[codes], 0, self.length[codes])]
+        return found
 
 
 def earlier(times: Ints, by: int) -> Ints:
@@ -166,6 +209,8 @@ def order(labels: Mapping[str, pa.ChunkedArray], events: Mapping[str, pa.Chunked
     def by_place(rows: slice) -> Block:
         times, dated = instants(piece(labels[time], rows), unit, f"{view}: the labels' times")
         codes = np.where(dated, keys.of_labels(rows), -1)
+        if calendar is not None:
+            return Block(None, codes, times)
         by, _ = in_order(codes * ruler.length + ruler.marks(times))
         back = np.empty(len(by), np.int64)
         back[by] = np.arange(len(by))
@@ -174,8 +219,9 @@ def order(labels: Mapping[str, pa.ChunkedArray], events: Mapping[str, pa.Chunked
     rows = None if all(spread(place, blocks(len(spots)))) else np.flatnonzero(spots >= 0)
     by_spot, spots = in_order(spots if rows is None else spots[rows])
     firsts = np.append(np.searchsorted(spots, np.arange(keys.count) * ruler.length), 0)
+    calendar = Calendar.of(spots, firsts, ruler.length, len(events[time]) + len(labels[time]))
     ordered = spread(by_place, blocks(len(labels[time])))
-    return Order(by_spot if rows is None else rows[by_spot], spots, firsts, ordered, 1000 if unit == "ns" else 1, ruler)
+    return Order(by_spot if rows is None else rows[by_spot], spots, firsts, ordered, 1000 if unit == "ns" else 1, ruler, calendar)
 
 
 def instants(column: pa.ChunkedArray | pa.Array, unit: str, what: str) -> tuple[Ints, Flags]:
