@@ -71,6 +71,7 @@ def views(draw: st.DrawFn, *, every: bool = False) -> FeatureView:
         "newest_word": f.last("w", default="none", **window()),
         "newest_number": "n",
         "lowest": f.min("n", **window()),
+        "center": f.mean("v", **window()),
     }
     key = draw(st.sampled_from(["k", ("k", "g"), ("g", "k")]))
     return FeatureView("v", key=key, time="t", features=named, delay=draw(st.sampled_from(["0h", "2h"])), ttl=draw(st.none() | st.sampled_from(["4h", "2d"])))
@@ -80,6 +81,8 @@ def same(found, expected) -> bool:
     """Whether a value is the one expected; sums as near as they are said to be."""
     if found is None or expected is None or isinstance(found, (str, int, dt.datetime)):
         return found == expected
+    if isinstance(found, list):
+        return all((math.isnan(one) and math.isnan(other)) or abs(one - other) <= math.ldexp(1, -22) for one, other in zip(found, expected, strict=True))
     if math.isnan(found) or (isinstance(expected, float) and not math.isfinite(expected)):
         return found == expected or (math.isnan(found) and math.isnan(expected))
     try:

@@ -78,6 +78,9 @@ def test_what_no_view_can_be_is_refused(mistake, parts):
         ({"time": "w"}, ["column 'w'", "timestamp or a date", "string"]),
         ({"key": "x"}, ["key column 'x'", "double", "whole numbers, text"]),
         ({"features": {"a": f.sum("w")}}, ["feature 'a'", "sum is of numbers", "'w' is string"]),
+        ({"features": {"a": f.mean("w")}}, ["feature 'a'", "mean is of numbers, or of vectors of one length", "'w' is string"]),
+        ({"features": {"a": f.sum("v")}}, ["feature 'a'", "sum is of numbers, but", "fixed_size_list"]),
+        ({"features": {"a": f.mean("v", default=0.0)}}, ["feature 'a'", "default=0.0", "fixed_size_list"]),
         ({"features": {"a": f.max("v")}}, ["feature 'a'", "no max of column 'v'", "fixed_size_list"]),
         ({"features": {"a": f.max("n", default="none")}}, ["feature 'a'", "default='none'", "int32"]),
     ],
@@ -265,6 +268,23 @@ def test_chunked_tables_are_as_good_as_whole_ones():
     for row in found:
         expected = oracle.features(every, row, events(*rows).to_pylist())
         assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_mean_of_vectors_is_a_vector():
+    vectors = pa.array([[1, 2], None, [3, -2], [0.1, 0.1]], pa.list_(pa.float32(), 2))
+    times = [NOON - dt.timedelta(hours=h) for h in (1, 2, 3, 30)]
+    table = pa.table({"k": ["a"] * 4, "t": times, "v": vectors})
+    labels = pa.table({"k": ["a", "b"], "t": [NOON, NOON]})
+    features = {"day": f.mean("v", over="1d"), "ever": f.mean("v", default=[0.0, 1.0])}
+    found = f.as_of(view(features=features), labels, table.slice(0, 3))
+    assert found.schema.field("day").type == vectors.type
+    assert found["day"].to_pylist() == [[2.0, 0.0], None]
+    assert found["ever"].to_pylist() == [[2.0, 0.0], [0.0, 1.0]]
+    third = f.as_of(view(features=features), labels, table)["ever"].to_pylist()[0]
+    assert third == pytest.approx([4.1 / 3, 0.1 / 3], rel=2**-23)
+    hole = pa.array([[1, None]], pa.list_(pa.float32(), 2))
+    with pytest.raises(SourceError, match="feature 'day': a vector has null in it"):
+        f.as_of(view(features=features), labels, pa.table({"k": ["a"], "t": [NOON], "v": hole}))
 
 
 @pytest.mark.parametrize("step_us", [1, 86_400_000_000], ids=["microseconds", "days"])

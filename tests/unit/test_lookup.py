@@ -118,6 +118,15 @@ def test_a_training_set_has_the_columns_that_the_store_gives(place: str, tmp_pat
     assert beside["vector"].to_pylist() == beside["r_vector"].to_pylist()
 
 
+def test_a_mean_of_vectors_is_looked_up_as_a_vector(tmp_path: Path) -> None:
+    view = dataclasses.replace(STAYS, features={"center": features.mean("vector", default=[0.0, 0.0])})
+    publish(view, features.latest(view, events(), at=NOW), tmp_path / "f.db", at=NOW)
+    stage = hr.Lookup(view, store=str(tmp_path / "f.db"), types={"listing_id": str, "center": hr.Vector(2)})
+    assert {name: str(column) for name, column in stage.writes.items()} == {"center": "Vector(2)"}
+    rows = hr.Pipeline("p", stage).local([{"listing_id": key} for key in ("a", "b", "nobody")])
+    assert [row["center"].tolist() for row in rows] == [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]
+
+
 def test_training_sets_that_cannot_be_are_refused(place: str, tmp_path: Path) -> None:
     pq.write_table(events(), tmp_path / "stays.parquet")
     view = dataclasses.replace(STAYS, source=str(tmp_path / "stays.parquet"))

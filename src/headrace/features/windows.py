@@ -48,6 +48,8 @@ class Windows:
             values = self._last(spans)
         elif feature.kind in ("min", "max"):
             values = self._extremes(feature.kind, spans)
+        elif feature.kind == "mean" and pa.types.is_fixed_size_list(self._column.type):
+            values = self._mean_vectors(spans, what)
         else:
             numbers = self._numbers_over(feature, what)
             values = spread(lambda span: pa.array(numbers(*span)), spans)
@@ -78,6 +80,23 @@ class Windows:
         taken = self._column.take(pa.array(np.concatenate(rows)))  # at once, since it may put the column's pieces together
         ends = np.cumsum([0, *map(len, rows)]).tolist()
         return [in_one(taken.slice(start, stop - start)) for start, stop in itertools.pairwise(ends)]
+
+    def _mean_vectors(self, spans: Sequence[Span], what: str) -> list[pa.Array]:
+        """The mean of vectors, one of their numbers after the other; zeros where there are none."""
+        vectors, size = self._taken, self._column.type.list_size
+        if (numbers := vectors.flatten()).null_count:
+            raise SourceError(f"{what}: a vector has null in it; fill it, or leave the vector out, in the view's pipeline")
+        table = np.asarray(numbers).reshape(len(vectors), size)
+        found = [np.zeros((len(lo), size), table.dtype) for lo, _ in spans]
+
+        def add(sums: FloatSums, at: int, block: tuple[Span, Values]) -> None:
+            (lo, hi), means = block
+            means[:, at] = sums.over(lo, hi) / np.maximum(hi - lo, 1)
+
+        for at in range(size):
+            sums = FloatSums(table[:, at].astype(np.float64) + 0.0)
+            spread(partial(add, sums, at), list(zip(spans, found, strict=True)))
+        return [pa.FixedSizeListArray.from_arrays(pa.array(means.ravel()), type=self._column.type) for means in found]
 
     @cached_property
     def _taken(self) -> pa.Array:

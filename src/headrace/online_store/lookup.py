@@ -44,7 +44,8 @@ class Lookup:
 
     Besides, once and not as settings: `key`, the columns of the row that say whose features are wanted, if they are called otherwise than in the view;
     `features`, which of the view's, all when left out; `prefix`, put before the names of the columns written; `types`, of features and key columns as
-    annotations, where the view alone does not tell (a `last`, `min`, `max` or `sum` of a column that its pipeline does not declare, and keys);
+    annotations, where the view alone does not tell (a `last`, `min`, `max`, `sum` or a mean of vectors, of a column that its pipeline
+    does not declare, and keys);
     `batch`, the most rows in one question; `name`, the stage's own, "lookup_" and the view's when left out.
 
     Raises:
@@ -188,7 +189,8 @@ class Lookup:
         spec, pipeline = self.view.specs[name], self.view.pipeline
         optional = spec.default is None
         told = ANY if pipeline is None or spec.column is None else pipeline.outputs.get(spec.column) or pipeline.inputs.get(spec.column) or ANY
-        if spec.kind in _NEEDS_COLUMN and told.kind == "any":
+        of_vectors = spec.kind == "mean" and declared is not None and declared.vector is not None
+        if (spec.kind in _NEEDS_COLUMN or of_vectors) and told.kind == "any":
             if declared is None or declared.kind == "any":
                 raise DefinitionError(
                     f"{what}: feature {name!r} is the {spec.kind} of column {spec.column!r}, whose type the view does not tell; "
