@@ -74,9 +74,15 @@ class Windows:
         if not len(self._rows):
             return [pa.nulls(len(lo), self._column.type) for lo, _ in spans]
         newest = self._newest
-        rows = spread(lambda span: newest[np.where(span[1] > span[0], span[1] - 1, 0)], spans)
+
+        def rows_of(span: Span) -> Ints:
+            at = span[1] - 1
+            found: Ints = newest[np.maximum(at, 0, out=at)]
+            return found
+
         if pa.types.is_primitive(self._column.type):
-            return spread(lambda some: _without_negative_zero(self._column.take(pa.array(some))), rows)
+            return spread(lambda span: _without_negative_zero(self._column.take(pa.array(rows_of(span)))), spans)
+        rows = spread(rows_of, spans)
         taken = self._column.take(pa.array(np.concatenate(rows)))  # at once, since it may put the column's pieces together
         ends = np.cumsum([0, *map(len, rows)]).tolist()
         return [in_one(taken.slice(start, stop - start)) for start, stop in itertools.pairwise(ends)]
