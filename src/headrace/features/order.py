@@ -164,7 +164,10 @@ class Calendar:
         size = int(start[-1] + length[-1]) + 1
         if size > most:
             return None
-        table = np.cumsum(np.bincount(spots + np.repeat(start - before - zeros, counts), minlength=size))
+        places = np.repeat(start - before - zeros, counts)
+        places += spots
+        table = np.bincount(places, minlength=size)
+        np.cumsum(table, out=table)
         return Calendar(np.append(before, 0), np.append(length, 0), np.append(start, 0), table)
 
     def behind(self, codes: Ints, marks: Ints) -> Ints:

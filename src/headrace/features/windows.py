@@ -151,9 +151,10 @@ class Windows:
     @cached_property
     def _newest(self) -> Ints:
         """For each position the event's row, but at the last position of one key and instant that of the greatest value there."""
-        newest = self._rows.copy()
+        newest = self._rows
         same = self._spots[1:] == self._spots[:-1]
         if same.any():
+            newest = newest.copy()
             tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
             ranks = _ranks(in_one(self._column.take(pa.array(self._rows[tied]))))
             newest[tied] = self._rows[tied[np.lexsort((ranks, self._spots[tied]))]]
