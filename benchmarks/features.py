@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--daft-python", help="the python of an environment with Daft")
     parser.add_argument("--limit-gb", type=float, default=0, help="how much memory each process may have; 0 for what there is")
     parser.add_argument("--timeout-s", type=int, default=600, help="for one measurement")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json, features_memory.json with a limit")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json, with a limit features_memory_20m.json for 20e6 events")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -388,7 +388,7 @@ def main() -> None:
         versions = {name: version(name) for name in ("numpy", "pyarrow", "polars", "duckdb", "ray")}
         content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions, "rounds": arguments.rounds}
         content |= {"limit GB": arguments.limit_gb or None, "results": results}
-        file = "features_memory.json" if arguments.limit_gb else "features.json"
+        file = f"features_memory_{arguments.events / 1e6:g}m.json" if arguments.limit_gb else "features.json"
         (Path(__file__).parent / "results" / file).write_text(json.dumps(content, indent=1) + "\n")
 
 
