@@ -1,7 +1,7 @@
 """Point-in-time features: headrace in one process next to DuckDB, Polars, Daft and plain Ray Data; and what needs how much memory.
 
     python benchmarks/features.py --save
-    python benchmarks/features.py --events 50e6 --rounds 1 --limit-gb 6 --contenders headrace,duckdb,polars
+    python benchmarks/features.py --no-calendar --events 20e6 --rounds 1 --limit-gb 1.2 --contenders headrace-job,headrace,duckdb,polars --save
 
 Two kinds of features of the same events, each for every label as of the label's own time:
 
@@ -14,15 +14,16 @@ Parquet files.
 
 The contenders take turns, each in a process of its own that reads the files and ends with the values as a table in memory. Seconds count
 from the first byte read to the table, after the same over a thousand events; the memory is the peak of the process, for Ray that of all its processes, shared
-pages counted once. With `--limit-gb` every process may have so much memory of its own (RLIMIT_DATA), and what does not finish says so.
+pages counted once. With `--limit-gb` a process that has more memory resident is killed, as in a container, and what does not finish says so; not so Ray.
 
-    headrace   hr.training_set, as documented
-    duckdb     ASOF JOIN; window functions over events and labels together, with RANGE
-    polars     join_asof; rolling over events and labels together
-    daft       join_asof; window functions with range_between; needs --daft-python
-    ray        Ray Data: union, repartition by key, pandas' merge_asof and rolling in map_batches
+    headrace       hr.training_set, as documented
+    headrace-job   what `headrace features --labels --local` does: from files to files, so that it ends with these
+    duckdb         ASOF JOIN; window functions over events and labels together, with RANGE; told of the limit, so that it writes to the disk what has no room
+    polars         join_asof; rolling over events and labels together
+    daft           join_asof; window functions with range_between; needs --daft-python
+    ray            Ray Data: union, repartition by key, pandas' merge_asof and rolling in map_batches
 
-All must find the same values: a thousandth of the labels is compared with headrace's. Daft does not install beside headrace's own versions:
+All must find the same values: a thousandth of the labels is compared with the first one's. Daft does not install beside headrace's own versions:
 
     python3.11 -m venv /tmp/daft && /tmp/daft/bin/pip install daft==0.7.26 numpy
 """
@@ -33,7 +34,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,11 +49,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import dataset
 
 CALENDAR = Path(__file__).parents[2] / "shared/data/calendar.parquet"
 PIECE, SAMPLE, PER_KEY, HOT = 2_000_000, 1024, 100, 0.1
 DAY_US = 86_400_000_000
 SINGLE = ("duckdb", "polars", "daft")  # tools of one process, the fastest of which is the measure
+LIMIT = "FEATURES_LIMIT_GB"
 COUNTS = ("n", "total", "mean", "least", "most")
 FOUND = {"join": ("value",), "windows": COUNTS}
 
@@ -96,18 +98,34 @@ def write(table: pa.Table, folder: Path, piece: int) -> None:
     pq.write_table(table, folder / f"{piece:03}.parquet", row_group_size=131_072)
 
 
-def headrace(kind: str, folder: str) -> Callable[[], pa.Table]:
+def view(kind: str, folder: str) -> Any:
     import headrace as hr
     from headrace import features as f
-    from headrace.features import training
 
     over = {"over": "30d"}
     features = {"value": f.last("x")}
     if kind == "windows":
         features = {"n": f.count("x", **over), "total": f.sum("x", **over), "mean": f.mean("x", **over)}
         features |= {"least": f.min("x", **over), "most": f.max("x", **over)}
-    view = hr.FeatureView("view", f"{folder}/events/*.parquet", key="k", time="t", features=features)
-    return lambda: training.training_set(f"{folder}/labels/*.parquet", view)
+    return hr.FeatureView("view", f"{folder}/events/*.parquet", key="k", time="t", features=features)
+
+
+def headrace(kind: str, folder: str) -> Callable[[], pa.Table]:
+    from headrace.features import training
+
+    return lambda: training.training_set(f"{folder}/labels/*.parquet", view(kind, folder))
+
+
+def headrace_job(kind: str, folder: str) -> Callable[[], str]:
+    from headrace.features.job import FeatureJob
+
+    output = tempfile.mkdtemp(dir=folder)
+
+    def run() -> str:
+        FeatureJob.of([view(kind, folder)], output=output, labels=f"{folder}/labels/*.parquet").run()
+        return output
+
+    return run
 
 
 def duckdb(kind: str, folder: str) -> Callable[[], pa.Table]:
@@ -115,6 +133,8 @@ def duckdb(kind: str, folder: str) -> Callable[[], pa.Table]:
 
     db = library.connect()
     db.execute(f"SET threads = {cores()}; SET temp_directory = '{folder}/duckdb'")
+    if limit := float(os.environ.get(LIMIT, "0")):
+        db.execute(f"SET memory_limit = '{int(0.7e9 * limit)}B'; SET preserve_insertion_order = false")  # the rest is for what it does not count
     events, labels = f"'{folder}/events/*.parquet'", f"'{folder}/labels/*.parquet'"
     if kind == "join":
         query = f"SELECT l.*, e.x AS value FROM {labels} l ASOF LEFT JOIN (FROM {events} WHERE x IS NOT NULL) e ON l.k = e.k AND l.t >= e.t"
@@ -205,7 +225,7 @@ def ray(kind: str, folder: str) -> Callable[[], pa.Table]:
     return run
 
 
-CONTENDERS = {made.__name__: made for made in (headrace, duckdb, polars, daft, ray)}
+CONTENDERS = {made.__name__.replace("_", "-"): made for made in (headrace, headrace_job, duckdb, polars, daft, ray)}
 
 
 def cores() -> int:
@@ -232,19 +252,17 @@ class Memory(threading.Thread):
             self.peak = max(self.peak, held)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident; getrusage would tell its parent's, if that had more."""
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(found.split()[1]) * 1024
+def resident_bytes(process: int | str, what: str) -> int:
+    """`VmRSS`, the memory that a process has resident, or `VmHWM`, the most that it ever had; getrusage would tell its parent's, if that had more."""
+    found = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith(f"{what}:")]
+    return int(found[0].split()[1]) * 1024 if found else 0  # a process that has ended has none
 
 
-def measure(name: str, kind: str, folder: str, limit_gb: float) -> dict[str, float]:
+def measure(name: str, kind: str, folder: str) -> dict[str, float]:
     """One measurement, in this process; leaves a sample of the values beside the input."""
     memory = Memory()
     if name == "ray":
         memory.start()
-    elif limit_gb:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 1e9),) * 2)
     made = CONTENDERS[name]
     made(kind, f"{folder}/few")()  # modules load, threads start
     run = made(kind, folder)
@@ -252,11 +270,11 @@ def measure(name: str, kind: str, folder: str, limit_gb: float) -> dict[str, flo
     table = run()
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
     memory.done.set()
-    peak = memory.peak or peak_bytes()
-    table = table if isinstance(table, pa.Table) else pa.table(table)
-    sample = table.filter(pc.equal(pc.bit_wise_and(table["id"], SAMPLE - 1), 0)).select(["id", *FOUND[kind]]).sort_by("id")
+    peak = memory.peak or resident_bytes("self", "VmHWM")
+    found = dataset.dataset(table, partitioning=None) if isinstance(table, str) else dataset.dataset(table if isinstance(table, pa.Table) else pa.table(table))
+    sample = found.to_table(["id", *FOUND[kind]], filter=pc.bit_wise_and(pc.field("id"), SAMPLE - 1) == 0).sort_by("id")
     pq.write_table(sample, f"{folder}/{kind}-{name}.parquet")
-    return {"seconds": round(seconds, 2), "core seconds": round(cpu_s, 2), "peak GB": round(peak / 1e9, 2), "rows": table.num_rows}
+    return {"seconds": round(seconds, 2), "core seconds": round(cpu_s, 2), "peak GB": round(peak / 1e9, 2), "rows": found.count_rows()}
 
 
 def measured(name: str, kind: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -269,20 +287,32 @@ def measured(name: str, kind: str, folder: str, arguments: argparse.Namespace) -
         "DAFT_ANALYTICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    command = [python, __file__, "--measure", name, kind, folder, "--limit-gb", str(arguments.limit_gb)]
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=arguments.timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {arguments.timeout_s} s"}
+    command = [python, __file__, "--measure", name, kind, folder]
+    limit_gb = 0 if name == "ray" else arguments.limit_gb
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        done = subprocess.Popen(command, stdout=out, stderr=err, env=env | {LIMIT: str(limit_gb)})
+        began, killed = time.monotonic(), ""
+        while done.poll() is None and not killed:
+            time.sleep(0.02)
+            if limit_gb and resident_bytes(done.pid, "VmRSS") > limit_gb * 1e9:
+                killed = f"took more than {limit_gb:g} GB, {time.monotonic() - began:.0f} s after its start"
+            elif time.monotonic() - began > arguments.timeout_s:
+                killed = f"took more than {arguments.timeout_s} s"
+        done.kill()
+        done.wait()
+        out.seek(0)
+        err.seek(0)
+        told, said = out.read(), err.read().strip().splitlines() or [""]
+    if killed:
+        return {"failed": killed}
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [""]
         return {"failed": f"exit code {done.returncode}: {said[-1][:200]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(told.splitlines()[-1])
 
 
-def check(name: str, kind: str, folder: str) -> None:
-    """The values are headrace's: to the last bit, but for sums, which nobody else rounds as exactly."""
-    ours, theirs = (pq.read_table(f"{folder}/{kind}-{one}.parquet") for one in ("headrace", name))
+def check(name: str, first: str, kind: str, folder: str) -> None:
+    """The values are those of the first one: to the last bit, but for sums, which not all round as exactly as headrace."""
+    ours, theirs = (pq.read_table(f"{folder}/{kind}-{one}.parquet") for one in (first, name))
     assert ours["id"].equals(theirs["id"]), f"{name}, {kind}: other labels"
     for column in FOUND[kind]:
         mine, other = (table[column].cast(pa.float64()).to_numpy() for table in (ours, theirs))
@@ -307,9 +337,9 @@ def compare(data: str, folder: str, names: list[str], arguments: argparse.Namesp
                 if "failed" in run:
                     failed[name] = run["failed"]
                 else:
-                    check(name, kind, folder)
+                    check(name, next((one for one in names if runs[one]), name), kind, folder)
                     runs[name].append(run)
-                print(f"{data}, {kind}, round {number + 1}: {name:9} {json.dumps(run)}", flush=True)
+                print(f"{data}, {kind}, round {number + 1}: {name:12} {json.dumps(run)}", flush=True)
         medians = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items() if of}
         found[kind] = medians | {name: {"failed": why} for name, why in failed.items()}
         if "headrace" not in medians or not set(medians) & set(SINGLE):
@@ -331,11 +361,11 @@ def main() -> None:
     parser.add_argument("--daft-python", help="the python of an environment with Daft")
     parser.add_argument("--limit-gb", type=float, default=0, help="how much memory each process may have; 0 for what there is")
     parser.add_argument("--timeout-s", type=int, default=600, help="for one measurement")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/features.json, with a limit features_memory_20m.json for 20e6 events")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(*arguments.measure, arguments.limit_gb)))
+        print(json.dumps(measure(*arguments.measure)))
         return
     names = arguments.contenders.split(",")
     results: dict[str, Any] = {}
@@ -358,7 +388,8 @@ def main() -> None:
         versions = {name: version(name) for name in ("numpy", "pyarrow", "polars", "duckdb", "ray")}
         content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions, "rounds": arguments.rounds}
         content |= {"limit GB": arguments.limit_gb or None, "results": results}
-        (Path(__file__).parent / "results/features.json").write_text(json.dumps(content, indent=1) + "\n")
+        file = f"features_memory_{arguments.events / 1e6:g}m.json" if arguments.limit_gb else "features.json"
+        (Path(__file__).parent / "results" / file).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def aggregate(feature: Feature, values: Sequence[tuple[dt.datetime, Any]]) -> An
         return len(set(map(rank, found)))
     if not found:
         return feature.default
+    if feature.kind == "mean" and isinstance(values[0][1], list):
+        return [aggregate(feature, [(time, vector[at]) for time, vector in values]) for at in range(len(values[0][1]))]
     if feature.kind in ("sum", "mean"):
         finite = all(map(math.isfinite, found))
         total = sum(map(Fraction, found)) if finite else sum(found)

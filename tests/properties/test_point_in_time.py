@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from headrace import FeatureView
 from headrace import features as f
-from headrace.features.order import _dense, _hashed, _sorting
+from headrace.features.blocks import in_one
+from headrace.features.keys import dense, hashed
+from headrace.features.order import in_order
 
 HOURS = st.integers(0, 60).map(lambda hours: dt.datetime(2024, 3, 30) + dt.timedelta(hours=hours))
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -69,6 +71,7 @@ def views(draw: st.DrawFn, *, every: bool = False) -> FeatureView:
         "newest_word": f.last("w", default="none", **window()),
         "newest_number": "n",
         "lowest": f.min("n", **window()),
+        "center": f.mean("v", **window()),
     }
     key = draw(st.sampled_from(["k", ("k", "g"), ("g", "k")]))
     return FeatureView("v", key=key, time="t", features=named, delay=draw(st.sampled_from(["0h", "2h"])), ttl=draw(st.none() | st.sampled_from(["4h", "2d"])))
@@ -78,6 +81,8 @@ def same(found, expected) -> bool:
     """Whether a value is the one expected; sums as near as they are said to be."""
     if found is None or expected is None or isinstance(found, (str, int, dt.datetime)):
         return found == expected
+    if isinstance(found, list):
+        return all((math.isnan(one) and math.isnan(other)) or abs(one - other) <= math.ldexp(1, -22) for one, other in zip(found, expected, strict=True))
     if math.isnan(found) or (isinstance(expected, float) and not math.isfinite(expected)):
         return found == expected or (math.isnan(found) and math.isnan(expected))
     try:
@@ -170,9 +175,9 @@ def test_sums_of_floats_are_exact_to_the_last_place(numbers, data):
 def test_places_sort_numbers_of_any_size(numbers, runs):
     """Whether they come in runs, at random, or have no room for their places."""
     numbers = np.array(sorted(numbers) * runs if runs else numbers, np.int64)
-    places = _sorting(numbers)
-    assert (numbers if places is None else numbers[places]).tolist() == sorted(numbers.tolist())
-    assert places is None or sorted(places.tolist()) == list(range(len(numbers)))
+    places, ordered = in_order(numbers.copy())
+    assert numbers[places].tolist() == ordered.tolist() == sorted(numbers.tolist())
+    assert sorted(places.tolist()) == list(range(len(numbers)))
 
 
 @given(
@@ -187,9 +192,9 @@ def test_keys_are_numbered_alike_whichever_way(found):
     """Looked up in a table or hashed: the same keys get the same number, and nulls and strangers none."""
     kind, ours, theirs = found
     label, event = (pa.chunked_array([pa.array(values, kind)]) for values in (ours, theirs))
-    for numbered in filter(None, (_dense(label, event), _hashed(label, event))):
-        here, there, count = numbered
+    for column in filter(None, (dense(label, event), hashed(label, event))):
+        here, there = (column.numbers_of(in_one(side)) for side in (column.ours, column.theirs))
         numbers = {key: number for key, number in zip(ours, here.tolist(), strict=True) if key is not None}
-        assert sorted(numbers.values()) == list(range(count))
+        assert sorted(numbers.values()) == list(range(column.count))
         assert [numbers.get(key, -1) for key in ours] == here.tolist()
         assert [numbers.get(key, -1) for key in theirs] == there.tolist()

@@ -7,11 +7,13 @@ import pickle
 import numpy as np
 import oracle
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import headrace as hr
 from headrace import features as f
 from headrace.errors import DefinitionError, SourceError, WiringError
+from headrace.features.blocks import ROWS
 
 VIEW = {"key": "k", "time": "t", "features": {"n": f.count()}}
 EVENTS = pa.schema({"k": pa.string(), "t": pa.timestamp("us"), "x": pa.float64(), "n": pa.int32(), "w": pa.string(), "v": pa.list_(pa.float32(), 2)})
@@ -76,6 +78,9 @@ def test_what_no_view_can_be_is_refused(mistake, parts):
         ({"time": "w"}, ["column 'w'", "timestamp or a date", "string"]),
         ({"key": "x"}, ["key column 'x'", "double", "whole numbers, text"]),
         ({"features": {"a": f.sum("w")}}, ["feature 'a'", "sum is of numbers", "'w' is string"]),
+        ({"features": {"a": f.mean("w")}}, ["feature 'a'", "mean is of numbers, or of vectors of one length", "'w' is string"]),
+        ({"features": {"a": f.sum("v")}}, ["feature 'a'", "sum is of numbers, but", "fixed_size_list"]),
+        ({"features": {"a": f.mean("v", default=0.0)}}, ["feature 'a'", "default=0.0", "fixed_size_list"]),
         ({"features": {"a": f.max("v")}}, ["feature 'a'", "no max of column 'v'", "fixed_size_list"]),
         ({"features": {"a": f.max("n", default="none")}}, ["feature 'a'", "default='none'", "int32"]),
     ],
@@ -265,11 +270,54 @@ def test_chunked_tables_are_as_good_as_whole_ones():
         assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+def test_the_mean_of_vectors_is_a_vector():
+    vectors = pa.array([[1, 2], None, [3, -2], [0.1, 0.1]], pa.list_(pa.float32(), 2))
+    times = [NOON - dt.timedelta(hours=h) for h in (1, 2, 3, 30)]
+    table = pa.table({"k": ["a"] * 4, "t": times, "v": vectors})
+    labels = pa.table({"k": ["a", "b"], "t": [NOON, NOON]})
+    features = {"day": f.mean("v", over="1d"), "ever": f.mean("v", default=[0.0, 1.0])}
+    found = f.as_of(view(features=features), labels, table.slice(0, 3))
+    assert found.schema.field("day").type == vectors.type
+    assert found["day"].to_pylist() == [[2.0, 0.0], None]
+    assert found["ever"].to_pylist() == [[2.0, 0.0], [0.0, 1.0]]
+    third = f.as_of(view(features=features), labels, table)["ever"].to_pylist()[0]
+    assert third == pytest.approx([4.1 / 3, 0.1 / 3], rel=2**-23)
+    hole = pa.array([[1, None]], pa.list_(pa.float32(), 2))
+    with pytest.raises(SourceError, match="feature 'day': a vector has null in it"):
+        f.as_of(view(features=features), labels, pa.table({"k": ["a"], "t": [NOON], "v": hole}))
+
+
+@pytest.mark.parametrize("step_us", [1, 86_400_000_000], ids=["microseconds", "days"])
+def test_many_labels_are_joined_as_a_few_are(step_us):
+    """Labels in several blocks, and more events than one thread sorts, give what a few labels with the events of their keys give."""
+    rng = np.random.default_rng(0)
+    many, keys = 2 * ROWS + 1000, 500
+    times = lambda count: pa.array(rng.integers(0, 10**13 // step_us, count) * step_us, pa.timestamp("us"), mask=rng.random(count) < 0.01)  # noqa: E731
+    words = pa.array(["x", "y", "z"]).take(pa.array(rng.integers(0, 3, many), mask=rng.random(many) < 0.1))
+    table = pa.table({"k": rng.integers(0, keys, many), "t": times(many), "x": pa.array(rng.normal(size=many), mask=rng.random(many) < 0.1), "w": words})
+    labels = pa.table({"k": rng.integers(0, keys + 1, many), "t": times(many)})
+    window = {"over": "30d"}
+    numbers = {"n": f.count(**window), "sum": f.sum("x", **window), "mean": f.mean("x", delay="1d"), "middle": f.quantile("x", 0.5, **window)}
+    values = {"least": f.min("x", **window), "most": f.max("w", **window), "d": f.distinct("w"), "x": "x", "w": f.last("w", default="none")}
+    every = view(features=numbers | values, ttl="90d")
+    found = f.as_of(every, labels, table)
+    for key in (0, 7, keys):
+        few, mine = (of.filter(pc.equal(of["k"], key)) for of in (labels, table))
+        assert found.filter(pc.equal(found["k"], key)).equals(f.as_of(every, few, mine))
+
+
 def test_latest_leaves_out_keys_of_which_nothing_is_known_yet():
     table = pa.table({"k": ["b", "a", "a"], "t": [NOON, NOON, NOON - dt.timedelta(hours=3)], "x": [1.0, 2.0, 3.0]})
     found = f.latest(view(features={"n": f.count(), "x": "x"}, delay="1h"), table, at=NOON)
     assert found.to_pylist() == [{"k": "a", "t": NOON - dt.timedelta(hours=3), "n": 1, "x": 3.0}]
     assert f.latest(view(), table.slice(0, 0), at=NOON).num_rows == 0
+
+
+def test_latest_gives_each_key_of_two_columns_its_own_values():
+    """Whichever way the second column's values come in the first one's groups."""
+    table = pa.table({"a": ["p", "q", "q"], "b": ["y", "x", "y"], "t": [NOON - dt.timedelta(hours=h) for h in range(3)], "x": [1.0, 2.0, 3.0]})
+    found = f.latest(view(key=("a", "b"), features={"x": "x"}), table, at=NOON)
+    assert found.to_pylist() == table.sort_by([("a", "ascending"), ("b", "ascending")]).to_pylist()
 
 
 def test_a_view_is_a_value():

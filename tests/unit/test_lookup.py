@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import pickle
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
@@ -89,6 +91,64 @@ def test_the_same_columns_as_the_point_in_time_join(place: str) -> None:
         assert [value.tolist() if hasattr(value, "tolist") else value for value in (row[name] for row in online)] == joined[name].to_pylist()
     earlier = stage.join(pa.table({"listing_id": ["a"], "at": [NOW - dt.timedelta(days=1, seconds=1)]}), events(), time="at")
     assert earlier["l_host"].to_pylist() == ["Bea"]
+
+
+def test_a_training_set_has_the_columns_that_the_store_gives(place: str, tmp_path: Path) -> None:
+    """Two lookups of one view under other names, a view as it is, or the pipeline: the columns are those that the stages write, bit by bit."""
+    pq.write_table(events(), tmp_path / "stays.parquet")
+    view = dataclasses.replace(STAYS, source=str(tmp_path / "stays.parquet"))
+    left = hr.Lookup(view, store=place, key="who", prefix="l_", types={"who": str, "host": str, "vector": hr.Vector(2)}, name="left")
+    right = hr.Lookup(view, store=place, features=["price", "vector"], prefix="r_", types={"listing_id": str | None, "vector": hr.Vector(2)}, name="right")
+
+    @hr.stage(out={"score": float})
+    def rate(l_price: hr.Column[float], r_price: hr.Column[float]) -> dict[str, object]:
+        return {"score": l_price + r_price}
+
+    pipeline = hr.Pipeline("score", left, right, rate)
+    labels = pa.table({"listing_id": ["a", "nobody", "b", None], "who": ["b", "a", "a", "c"], "at": [NOW] * 4})
+    found = hr.training_set(labels, [left, right], time="at")
+    assert found.column_names == [*labels.column_names, *left.writes, *right.writes]
+    assert found.equals(hr.training_set(labels, pipeline, time="at"))
+    online = hr.Pipeline("both", left, right).local(labels.select(["listing_id", "who"]).to_pylist())
+    for name, column in (left.writes | right.writes).items():
+        assert found[name].type == column.arrow
+        assert [value.tolist() if hasattr(value, "tolist") else value for value in (row[name] for row in online)] == found[name].to_pylist()
+    beside = hr.training_set(labels.rename_columns(["listing_id", "who", "booked_at"]), [view, right])
+    assert beside.column_names == ["listing_id", "who", "booked_at", *STAYS.specs, *right.writes]
+    assert beside["vector"].to_pylist() == beside["r_vector"].to_pylist()
+
+
+def test_a_mean_of_vectors_is_looked_up_as_a_vector(tmp_path: Path) -> None:
+    view = dataclasses.replace(STAYS, features={"center": features.mean("vector", default=[0.0, 0.0])})
+    publish(view, features.latest(view, events(), at=NOW), tmp_path / "f.db", at=NOW)
+    stage = hr.Lookup(view, store=str(tmp_path / "f.db"), types={"listing_id": str, "center": hr.Vector(2)})
+    assert {name: str(column) for name, column in stage.writes.items()} == {"center": "Vector(2)"}
+    rows = hr.Pipeline("p", stage).local([{"listing_id": key} for key in ("a", "b", "nobody")])
+    assert [row["center"].tolist() for row in rows] == [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_training_sets_that_cannot_be_are_refused(place: str, tmp_path: Path) -> None:
+    pq.write_table(events(), tmp_path / "stays.parquet")
+    view = dataclasses.replace(STAYS, source=str(tmp_path / "stays.parquet"))
+    labels = pa.table({"listing_id": ["a"], "at": [NOW]})
+
+    @hr.stage(out={"n": int})
+    def count(text: hr.Column[str]) -> dict[str, object]:
+        return {"n": [len(one) for one in text]}
+
+    with pytest.raises(DefinitionError, match="lookups of a pipeline read, and 'bare' has none: 'count'"):
+        hr.training_set(labels, hr.Pipeline("bare", count), time="at")
+    with pytest.raises(DefinitionError, match=r"hr.FeatureViews and hr.Lookups, or a pipeline with lookups, got <"):
+        hr.training_set(labels, [count], time="at")  # type: ignore[list-item]
+    with pytest.raises(DefinitionError, match="'stays' has no source"):
+        hr.training_set(labels, lookup(place), time="at")
+    right = hr.Lookup(view, store=place, types=TYPES)
+    with pytest.raises(WiringError, match="rows have a column 'price', as one that it writes"):
+        hr.training_set(labels.append_column("price", pa.array([1.0])), right, time="at")
+    with pytest.raises(WiringError, match="reads column 'booked_at', which the rows lack"):
+        hr.training_set(labels, right)
+    with pytest.raises(WiringError, match="feature 'host' is string, and the lookup is wired for float"):
+        hr.training_set(labels, hr.Lookup(view, store=place, types=TYPES | {"host": float}), time="at")
 
 
 def test_it_counts_what_is_missing(place: str) -> None:

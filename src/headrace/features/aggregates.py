@@ -43,7 +43,7 @@ class Feature:
         """The Arrow type of the feature, over a column of that type; `what` opens the message of a WiringError.
 
         `count` and `distinct` give int64; `mean` and `quantile` float64; `sum` int64 of whole numbers and float64 of others; `min`,
-        `max` and `last` the column's own type.
+        `max` and `last` the column's own type, and so does `mean` of vectors.
 
         Raises:
             WiringError: there is no such aggregate of that type, or the default does not fit it.
@@ -51,14 +51,16 @@ class Feature:
         if column is None or self.kind == "count":
             return pa.int64()
         kind = from_arrow(column).kind
-        if self.kind in _NUMBERS and kind not in ("int", "float"):
-            raise WiringError(f"{what}: {self.kind} is of numbers, but column {self.column!r} is {column}; convert it in the view's pipeline")
+        vectors = self.kind == "mean" and kind == "vector" and pa.types.is_fixed_size_list(column)
+        if self.kind in _NUMBERS and kind not in ("int", "float") and not vectors:
+            numbers = "numbers, or of vectors of one length" if self.kind == "mean" else "numbers"
+            raise WiringError(f"{what}: {self.kind} is of {numbers}, but column {self.column!r} is {column}; convert it in the view's pipeline")
         if self.kind in ("min", "max", "distinct") and kind not in _SORTED:
             raise WiringError(f"{what}: there is no {self.kind} of column {self.column!r}, which is {column}; there is one of {', '.join(_SORTED)}")
         plain = column.value_type if pa.types.is_dictionary(column) else column
         if self.kind == "distinct":
             return pa.int64()
-        if self.kind in ("mean", "quantile"):
+        if self.kind in ("mean", "quantile") and not vectors:
             found = pa.float64()
         elif self.kind == "sum":
             found = pa.int64() if kind == "int" else pa.float64()
@@ -124,7 +126,7 @@ def sum(column: str, *, over: str | dt.timedelta = "all", delay: str | dt.timede
 
 
 def mean(column: str, *, over: str | dt.timedelta = "all", delay: str | dt.timedelta | None = None, default: Any = None) -> Feature:
-    """The mean of `column`: float64; `default` where there are no values."""
+    """The mean of `column`: float64, of vectors of one length (`hr.Vector(n)`) their mean vector, of the same type; `default` where there are no values."""
     return _of_column("mean", column, over, delay, default=default)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import DefinitionError, WiringError, listing, nearest
-from headrace.features.order import Flags, Ints, Order, order
+from headrace.features.blocks import spread
+from headrace.features.keys import Ints
+from headrace.features.order import Flags, Order, order
 from headrace.features.view import FeatureView, check_key, check_time, schema_of
 from headrace.features.windows import Windows
 
@@ -71,8 +74,9 @@ def latest(view: FeatureView, events: Columns, *, at: dt.datetime, keys: pa.Tabl
     when = pa.array([instant], pa.timestamp("us", "UTC")).take(pa.array(np.zeros(keys.num_rows, np.int64)))
     asked = {name: keys[name] for name in view.key} | {view.time: pa.chunked_array([when])}
     placed = order(asked, {name: events[name] for name in (*view.key, view.time)}, view=f"feature view {view.name!r}")
-    newest, there = _newest(view, placed)
-    columns = {name: keys[name].take(pa.array(placed.labels)) for name in view.key}
+    back = [slice(None) if block.back is None else block.back for block in placed.labels]
+    newest, there = (np.concatenate([of[at] for of, at in zip(every, back, strict=True)]) for every in zip(*_newest(view, placed), strict=True))
+    columns = {name: keys[name] for name in view.key}
     columns[view.time] = (
         events[view.time].take(pa.array(placed.rows[newest], mask=~there)) if len(placed.rows) else pa.nulls(len(there), events[view.time].type)
     )
@@ -104,55 +108,50 @@ def _columns_of(view: FeatureView, labels: pa.Schema, key: str | Sequence[str] |
     return columns
 
 
-def _newest(view: FeatureView, placed: Order) -> tuple[Ints, Flags]:
+def _newest(view: FeatureView, placed: Order) -> list[tuple[Ints, Flags]]:
     """For each label the position of the newest event that any feature may know, and whether there is one."""
-    until = placed.until(min(map(view.delay_of, view.specs)))
-    there = until > placed.starts
-    return np.where(there, until - 1, 0), there
+    late = min(map(view.delay_of, view.specs))
+    return [(np.where(until > first, until - 1, 0), until > first) for first, until in placed.spans(late, None)]
 
 
-def _features(view: FeatureView, types: pa.Schema, placed: Order, events: Columns) -> dict[str, pa.Array]:
+def _features(view: FeatureView, types: pa.Schema, placed: Order, events: Columns) -> dict[str, pa.ChunkedArray]:
     """The values of each feature, in the order of the labels' rows."""
-    back = _back(placed)
     alive = _alive(view, placed)
     column, windows = None, None
-    values: dict[str, pa.Array] = {}
+    values: dict[str, pa.ChunkedArray] = {}
     for name, feature in sorted(view.specs.items(), key=lambda item: item[1].column or ""):  # so that one column is held at a time
-        what, late = f"feature view {view.name!r}, feature {name!r}", view.delay_of(name)
-        lo, hi = placed.since(late, feature.over), placed.until(late)
+        what, type = f"feature view {view.name!r}, feature {name!r}", types.field(name).type
+        spans = placed.spans(view.delay_of(name), feature.over)
         if alive is not None:
-            hi = np.where(alive, hi, lo)
+            spans = [(lo, np.where(still, hi, lo)) for still, (lo, hi) in zip(alive, spans, strict=True)]
         if feature.column is None:
-            values[name] = pa.array((hi - lo)[back])
-            continue
-        if windows is None or feature.column != column:
-            windows, column = None, feature.column
-            windows = Windows(events[feature.column], placed)
-        found, there = windows.aggregate(feature, lo, hi, what=what)
-        values[name] = _filled(found, there, back, feature.default_as(types.field(name).type, what))
+            found = [(pa.array(hi - lo), np.ones(len(lo), np.bool_)) for lo, hi in spans]
+        else:
+            if windows is None or feature.column != column:
+                windows, column = None, feature.column
+                windows = Windows(events[feature.column], placed)
+            found = windows.aggregate(feature, spans, what=what)
+        parts = [(*of_block, block.back) for of_block, block in zip(found, placed.labels, strict=True)]
+        values[name] = pa.chunked_array(spread(partial(_filled, feature.default_as(type, what)), parts), type)
     return {name: values[name] for name in view.specs}
 
 
-def _alive(view: FeatureView, placed: Order) -> Flags | None:
+def _alive(view: FeatureView, placed: Order) -> list[Flags] | None:
     """Whether the newest event that is known is no older than the view's time to live; None where it may be of any age."""
     if view.ttl is None:
         return None
     assert isinstance(view.ttl, dt.timedelta)
-    newest, there = _newest(view, placed)
-    return there & (newest >= placed.since(dt.timedelta(0), view.ttl))
+    spans = placed.spans(dt.timedelta(0), view.ttl)
+    return [there & (newest >= first) for (newest, there), (first, _) in zip(_newest(view, placed), spans, strict=True)]
 
 
-def _back(placed: Order) -> Ints:
-    """For each row of the labels, where it stands in the order."""
-    back = np.empty(len(placed.labels), np.int64)
-    back[placed.labels] = np.arange(len(back))
-    return back
-
-
-def _filled(values: pa.Array, there: Flags, back: Ints, default: pa.Scalar) -> pa.Array:
-    """The values at the places `back`, and the default where there is none."""
+def _filled(default: pa.Scalar, block: tuple[pa.Array, Flags, Ints | None]) -> pa.Array:
+    """The values at their places, and the default where there is none."""
+    values, there, back = block
     if there.all():
-        return values.take(pa.array(back))
+        return values if back is None else values.take(pa.array(back))
+    if back is None:
+        back = np.arange(len(there))
     if not default.is_valid:
         return values.take(pa.array(back, mask=~there[back]))
     return pa.concat_arrays([values, pa.array([default.as_py()], values.type)]).take(pa.array(np.where(there[back], back, len(back))))

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from headrace.features.order import Ints
+from headrace.features.blocks import spread
+from headrace.features.keys import Ints
+from headrace.features.order import Span
 
 Values = npt.NDArray[Any]
 
 
-def extremes(values: Values, lo: Ints, hi: Ints, *, pick: np.ufunc) -> Values:
-    """`pick`, such as np.minimum, over values[lo:hi] for many ranges, none of them empty.
+def extremes(values: Values, ranges: Sequence[Span], *, pick: np.ufunc) -> list[Values]:
+    """`pick`, such as np.minimum, over values[lo:hi] for many ranges in several blocks; 0 for those that are empty.
 
     Two ranges of a power of two in length, which may overlap, make up any other one. Their answers are doubled in length step
     by step, and only those of one length are kept (a sparse table, made level by level).
     """
-    found = np.empty(len(lo), values.dtype)
-    levels = np.frexp((hi - lo).astype(np.float64))[1] - 1  # of the greatest power of two that is no longer than the range
-    picked = values
-    for level in range(int(levels.max(initial=0)) + 1):
-        here = np.flatnonzero(levels == level)
-        found[here] = pick(picked[lo[here]], picked[hi[here] - (1 << level)])
-        picked = pick(picked[: -(1 << level)], picked[1 << level :])
+    found = [np.zeros(len(lo), values.dtype) for lo, _ in ranges]
+    levels = [np.frexp((hi - lo).astype(np.float64))[1] - 1 for lo, hi in ranges]  # of the greatest power of two that is no longer
+    last = max(int(of.max(initial=0)) for of in levels)
+    for level in range(last + 1):
+        of_level = [(out, np.flatnonzero(of == level), *span) for out, of, span in zip(found, levels, ranges, strict=True)]
+        spread(partial(_answer, values, 1 << level, pick), of_level)
+        if level < last:
+            values = pick(values[: -(1 << level)], values[1 << level :])
     return found
+
+
+def _answer(picked: Values, length: int, pick: np.ufunc, block: tuple[Values, Ints, Ints, Ints]) -> None:
+    found, here, lo, hi = block
+    found[here] = pick(picked[lo[here]], picked[hi[here] - length])
 
 
 class Wavelet:

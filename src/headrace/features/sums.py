@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from headrace.features.order import Flags, Ints
+from headrace.features.keys import Ints
+from headrace.features.order import Flags
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,16 +29,23 @@ def running(values: npt.NDArray[np.generic]) -> Ints:
     return sums
 
 
-def whole_sums(values: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Flags]:
-    """The sums of values[lo:hi] for many ranges, and which of them do not fit into 64 bits."""
-    sums = running(values)
-    totals = sums[hi] - sums[lo]
-    longest = int((hi - lo).max(initial=0))
-    if max(abs(int(values.max(initial=0))), abs(int(values.min(initial=0)))) * longest < 1 << 63:
-        return totals, np.zeros(len(lo), np.bool_)
-    upper, lower = running(values >> _BITS), running(values & ((1 << _BITS) - 1))
-    top = upper[hi] - upper[lo] + ((lower[hi] - lower[lo]) >> _BITS)
-    return totals, (top < -_HALF) | (top >= _HALF)
+class WholeSums:
+    """Exact sums over ranges of one array of whole numbers."""
+
+    __slots__ = ("_largest", "_sums", "_values")
+
+    def __init__(self, values: Ints) -> None:
+        self._values, self._sums = values, running(values)
+        self._largest = max(abs(int(values.max(initial=0))), abs(int(values.min(initial=0))))
+
+    def over(self, lo: Ints, hi: Ints) -> tuple[Ints, Flags]:
+        """The sums of values[lo:hi] for many ranges, and which of them do not fit into 64 bits."""
+        totals = self._sums[hi] - self._sums[lo]
+        if self._largest * int((hi - lo).max(initial=0)) < 1 << 63:
+            return totals, np.zeros(len(lo), np.bool_)
+        upper, lower = running(self._values >> _BITS), running(self._values & ((1 << _BITS) - 1))
+        top = upper[hi] - upper[lo] + ((lower[hi] - lower[lo]) >> _BITS)
+        return totals, (top < -_HALF) | (top >= _HALF)
 
 
 class FloatSums:

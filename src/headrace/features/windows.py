@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import pyarrow.compute as pc
 from headrace.columns import from_arrow
 from headrace.errors import SourceError
 from headrace.features.aggregates import Feature
-from headrace.features.order import Flags, Ints, Order
+from headrace.features.blocks import in_one, spread
+from headrace.features.keys import Ints
+from headrace.features.order import Flags, Order, Span
 from headrace.features.ranges import Values, Wavelet, extremes
-from headrace.features.sums import FloatSums, running, whole_sums
+from headrace.features.sums import FloatSums, WholeSums, running
 from headrace.units import plain
 
 
@@ -34,34 +37,72 @@ class Windows:
             there = pc.is_valid(column).to_numpy()[order.rows]
             self._rows, self._spots, self._skipped = order.rows[there], order.spots[there], running(there)
 
-    def aggregate(self, feature: Feature, lo: Ints, hi: Ints, *, what: str) -> tuple[pa.Array, Flags]:
-        """The feature over the events at positions lo to hi - 1 for many windows, and where there is one at all.
+    def aggregate(self, feature: Feature, spans: Sequence[Span], *, what: str) -> list[tuple[pa.Array, Flags]]:
+        """The feature over each window, of which there are several blocks, and where there is one at all.
 
         `what` opens the message of a SourceError, when a sum does not fit.
         """
-        if self._skipped is not None:
-            lo, hi = self._skipped[lo], self._skipped[hi]
-        there = hi > lo
-        if feature.kind == "count":
-            return pa.array(hi - lo), np.ones(len(lo), np.bool_)
-        if feature.kind == "distinct":
-            return pa.array(self._distinct(lo, hi, there)), np.ones(len(lo), np.bool_)
+        if (skipped := self._skipped) is not None:
+            spans = spread(lambda span: (skipped[span[0]], skipped[span[1]]), spans)
         if feature.kind == "last":
-            if not len(self._rows):
-                return pa.nulls(len(lo), self._column.type), there
-            return in_one(_without_negative_zero(self._column.take(pa.array(self._newest[np.where(there, hi - 1, 0)])))), there
-        if feature.kind in ("min", "max"):
-            return self._extreme(feature.kind, lo, hi, there), there
-        if feature.kind == "sum" and from_arrow(self._column.type).kind == "int":
-            whole, too_large = whole_sums(self._whole(what), lo, hi)
-            if too_large.any():
-                raise SourceError(f"{what}: a sum does not fit into 64 bits; make the column a float in the view's pipeline")
-            return pa.array(whole), there
+            values = self._last(spans)
+        elif feature.kind in ("min", "max"):
+            values = self._extremes(feature.kind, spans)
+        elif feature.kind == "mean" and pa.types.is_fixed_size_list(self._column.type):
+            values = self._mean_vectors(spans, what)
+        else:
+            numbers = self._numbers_over(feature, what)
+            values = spread(lambda span: pa.array(numbers(*span)), spans)
+        counts = feature.kind in ("count", "distinct")
+        return [(of, np.ones(len(lo), np.bool_) if counts else hi > lo) for of, (lo, hi) in zip(values, spans, strict=True)]
+
+    def _numbers_over(self, feature: Feature, what: str) -> Callable[[Ints, Ints], Values]:
+        """What gives the numbers of many windows, 0 where there are no values; what several blocks need is made before."""
+        if feature.kind == "count":
+            return lambda lo, hi: hi - lo
+        if feature.kind == "distinct":
+            return partial(_distinct, self._before, self._firsts)
         if feature.kind == "quantile":
             assert feature.q is not None
-            return pa.array(self._quantile(feature.q, lo, hi, there)), there
-        totals = self._sums.over(lo, hi)
-        return pa.array(totals / np.maximum(hi - lo, 1) if feature.kind == "mean" else totals), there
+            return partial(_quantile, *self._sorted, self._firsts, feature.q)
+        if feature.kind == "sum" and from_arrow(self._column.type).kind == "int":
+            return partial(_whole_sum, WholeSums(self._whole(what)), what)
+        sums = self._sums
+        return sums.over if feature.kind == "sum" else lambda lo, hi: sums.over(lo, hi) / np.maximum(hi - lo, 1)
+
+    def _last(self, spans: Sequence[Span]) -> list[pa.Array]:
+        if not len(self._rows):
+            return [pa.nulls(len(lo), self._column.type) for lo, _ in spans]
+        newest = self._newest
+
+        def rows_of(span: Span) -> Ints:
+            at = span[1] - 1
+            found: Ints = newest[np.maximum(at, 0, out=at)]
+            return found
+
+        if pa.types.is_primitive(self._column.type):
+            return spread(lambda span: _without_negative_zero(self._column.take(pa.array(rows_of(span)))), spans)
+        rows = spread(rows_of, spans)
+        taken = self._column.take(pa.array(np.concatenate(rows)))  # at once, since it may put the column's pieces together
+        ends = np.cumsum([0, *map(len, rows)]).tolist()
+        return [in_one(taken.slice(start, stop - start)) for start, stop in itertools.pairwise(ends)]
+
+    def _mean_vectors(self, spans: Sequence[Span], what: str) -> list[pa.Array]:
+        """The mean of vectors, one of their numbers after the other; zeros where there are none."""
+        vectors, size = self._taken, self._column.type.list_size
+        if (numbers := vectors.flatten()).null_count:
+            raise SourceError(f"{what}: a vector has null in it; fill it, or leave the vector out, in the view's pipeline")
+        table = np.asarray(numbers).reshape(len(vectors), size)
+        found = [np.zeros((len(lo), size), table.dtype) for lo, _ in spans]
+
+        def add(sums: FloatSums, at: int, block: tuple[Span, Values]) -> None:
+            (lo, hi), means = block
+            means[:, at] = sums.over(lo, hi) / np.maximum(hi - lo, 1)
+
+        for at in range(size):
+            sums = FloatSums(table[:, at].astype(np.float64) + 0.0)
+            spread(partial(add, sums, at), list(zip(spans, found, strict=True)))
+        return [pa.FixedSizeListArray.from_arrays(pa.array(means.ravel()), type=self._column.type) for means in found]
 
     @cached_property
     def _taken(self) -> pa.Array:
@@ -88,13 +129,10 @@ class Windows:
     def _sums(self) -> FloatSums:
         return FloatSums(self._floats)
 
-    def _extreme(self, kind: str, lo: Ints, hi: Ints, there: Flags) -> pa.Array:
+    def _extremes(self, kind: str, spans: Sequence[Span]) -> list[pa.Array]:
         values, back = self._comparable
         # Where NaN is the greatest value, it is a least one only if there is no other; fmin leaves it out, maximum takes it.
-        pick = np.fmin if kind == "min" else np.maximum
-        found = np.zeros(len(lo), values.dtype)
-        found[there] = extremes(values, lo[there], hi[there], pick=pick)
-        return back(found)
+        return spread(back, extremes(values, spans, pick=np.fmin if kind == "min" else np.maximum))
 
     @cached_property
     def _comparable(self) -> tuple[Values, Callable[[Values], pa.Array]]:
@@ -113,28 +151,14 @@ class Windows:
     @cached_property
     def _newest(self) -> Ints:
         """For each position the event's row, but at the last position of one key and instant that of the greatest value there."""
-        newest = self._rows.copy()
+        newest = self._rows
         same = self._spots[1:] == self._spots[:-1]
         if same.any():
+            newest = newest.copy()
             tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
             ranks = _ranks(in_one(self._column.take(pa.array(self._rows[tied]))))
             newest[tied] = self._rows[tied[np.lexsort((ranks, self._spots[tied]))]]
         return newest
-
-    def _quantile(self, q: float, lo: Ints, hi: Ints, there: Flags) -> Values:
-        found = np.zeros(len(lo))
-        if not there.any():
-            return found
-        by_value, wavelet = self._sorted
-        lo, hi = lo[there], hi[there]
-        place = (hi - lo - 1) * q
-        lower = np.floor(place).astype(np.int64)
-        upper = np.ceil(place).astype(np.int64)
-        one, other = (by_value[self._firsts[lo] + wavelet.smallest(lo, hi, n)] for n in (lower, upper))
-        share = place - lower
-        with np.errstate(invalid="ignore", over="ignore"):  # between infinities there is no number
-            found[there] = np.where((share == 0) | (one == other), one, one + (other - one) * share)
-        return found
 
     @cached_property
     def _sorted(self) -> tuple[Values, Wavelet]:
@@ -144,14 +168,6 @@ class Windows:
         ranks = np.empty(len(by_value), np.int64)
         ranks[by_value] = np.arange(len(by_value)) - self._firsts
         return self._floats[by_value], Wavelet(ranks)
-
-    def _distinct(self, lo: Ints, hi: Ints, there: Flags) -> Ints:
-        """A value counts where the one before it that is the same, of the same key, lies outside of the window."""
-        found = np.zeros(len(lo), np.int64)
-        if there.any():
-            lo, hi = lo[there], hi[there]
-            found[there] = self._before.below(lo, hi, lo - self._firsts[lo] + 1)
-        return found
 
     @cached_property
     def _before(self) -> Wavelet:
@@ -172,9 +188,37 @@ class Windows:
         return np.repeat(starts, np.diff(np.concatenate([starts, [len(keys)]])))
 
 
-def in_one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """The column in one piece."""
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def _whole_sum(sums: WholeSums, what: str, lo: Ints, hi: Ints) -> Ints:
+    totals, too_large = sums.over(lo, hi)
+    if too_large.any():
+        raise SourceError(f"{what}: a sum does not fit into 64 bits; make the column a float in the view's pipeline")
+    return totals
+
+
+def _quantile(by_value: Values, wavelet: Wavelet, firsts: Ints, q: float, lo: Ints, hi: Ints) -> Values:
+    found = np.zeros(len(lo))
+    there = hi > lo
+    if not there.any():
+        return found
+    lo, hi = lo[there], hi[there]
+    place = (hi - lo - 1) * q
+    lower = np.floor(place).astype(np.int64)
+    upper = np.ceil(place).astype(np.int64)
+    one, other = (by_value[firsts[lo] + wavelet.smallest(lo, hi, n)] for n in (lower, upper))
+    share = place - lower
+    with np.errstate(invalid="ignore", over="ignore"):  # between infinities there is no number
+        found[there] = np.where((share == 0) | (one == other), one, one + (other - one) * share)
+    return found
+
+
+def _distinct(before: Wavelet, firsts: Ints, lo: Ints, hi: Ints) -> Ints:
+    """A value counts where the one before it that is the same, of the same key, lies outside of the window."""
+    found = np.zeros(len(lo), np.int64)
+    there = hi > lo
+    if there.any():
+        lo, hi = lo[there], hi[there]
+        found[there] = before.below(lo, hi, lo - firsts[lo] + 1)
+    return found
 
 
 def _without_negative_zero(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

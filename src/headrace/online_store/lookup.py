@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.columns import ANY, Column, ColumnType, accepts, from_arrow, types_of
-from headrace.errors import DefinitionError, OnlineStoreError, OtherFeaturesError, WrongKeyError, listing, nearest
+from headrace.errors import DefinitionError, OnlineStoreError, OtherFeaturesError, WiringError, WrongKeyError, listing, nearest
 from headrace.features import FeatureView, as_of
 from headrace.hardware import cpu
 from headrace.online_store.opening import check_url, open_store
@@ -31,8 +31,8 @@ class Lookup:
 
         score = hr.Pipeline("score", hr.Lookup(stays, key="listing_id", store="features.db", types={"listing_id": str, "price": float}), Model())
 
-    A batch of rows is one question to the store that `headrace features --publish` wrote. `join` gives the same columns
-    as they were known at the time of each row, for training: one definition of the features serves both. A key of which the store has nothing, or
+    A batch of rows is one question to the store that `headrace features --publish` wrote. In `hr.training_set`, and by `join`, it gives the
+    same columns as they were known at the time of each row: one definition of the features serves both. A key of which the store has nothing, or
     nothing that has not expired, gets the defaults that the view declares (null, where it declares none), and is counted.
 
     Attributes:
@@ -44,7 +44,8 @@ class Lookup:
 
     Besides, once and not as settings: `key`, the columns of the row that say whose features are wanted, if they are called otherwise than in the view;
     `features`, which of the view's, all when left out; `prefix`, put before the names of the columns written; `types`, of features and key columns as
-    annotations, where the view alone does not tell (a `last`, `min`, `max` or `sum` of a column that its pipeline does not declare, and keys);
+    annotations, where the view alone does not tell (a `last`, `min`, `max`, `sum` or a mean of vectors, of a column that its pipeline
+    does not declare, and keys);
     `batch`, the most rows in one question; `name`, the stage's own, "lookup_" and the view's when left out.
 
     Raises:
@@ -149,11 +150,22 @@ class Lookup:
             time: the column of `rows` that says as of when.
 
         Raises:
-            WiringError, SourceError: as `headrace.features.as_of`.
+            WiringError: as `headrace.features.as_of`, or a feature has another type than `types` says.
+            SourceError: as `headrace.features.as_of`.
         """
-        known = as_of(self.view, rows.select([*self._keys, time]), events, key=self._keys, time=time)
+        what = f"hr.Lookup of view {self.view.name!r}"
+        if taken := [name for name in self.writes if name in rows.column_names]:
+            raise WiringError(f"{what}: the rows have a column {taken[0]!r}, as one that it writes is called; rename one of them, or give the lookup a prefix")
+        asked = (*self._keys, time)
+        if missing := [name for name in asked if rows.column_names.count(name) != 1]:
+            said = f"{what} reads column {missing[0]!r}, which the rows lack or have twice; they have {listing(rows.column_names)}"
+            raise WiringError(said + nearest(missing[0], rows.column_names))
+        known = as_of(self.view, pa.table([rows[name] for name in asked], names=[*self.view.key, self.view.time]), events)
         for name, (out, column) in zip(self._features, self.writes.items(), strict=True):
-            values = self._filled(name, known[name])
+            values = known[name]
+            if not accepts(column, values.type):
+                raise WiringError(f"{what}: feature {name!r} is {values.type}, and the lookup is wired for {column}; correct `types`")
+            values = self._filled(name, values)
             rows = rows.append_column(out, values if column.kind == "any" else values.cast(column.arrow))
         return rows
 
@@ -186,7 +198,8 @@ class Lookup:
         spec, pipeline = self.view.specs[name], self.view.pipeline
         optional = spec.default is None
         told = ANY if pipeline is None or spec.column is None else pipeline.outputs.get(spec.column) or pipeline.inputs.get(spec.column) or ANY
-        if spec.kind in _NEEDS_COLUMN and told.kind == "any":
+        of_vectors = spec.kind == "mean" and declared is not None and declared.vector is not None
+        if (spec.kind in _NEEDS_COLUMN or of_vectors) and told.kind == "any":
             if declared is None or declared.kind == "any":
                 raise DefinitionError(
                     f"{what}: feature {name!r} is the {spec.kind} of column {spec.column!r}, whose type the view does not tell; "
