@@ -60,8 +60,9 @@ FIGURES = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_
 SIZES = {
     "tiny": {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 512},
     "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "inner": 1536},
+    "medium": {"hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "inner": 4864},
 }
-"""Of models with random weights: the small one has ten times as many, with the same way to it and back."""
+"""Of models with random weights: the small one has ten times as many, the medium one those of a model of half a billion, with the same way to it and back."""
 IDLE_S = 5.0
 OTHERS, TRIES = 0.25, 3
 PIPELINE = """

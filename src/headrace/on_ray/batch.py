@@ -23,20 +23,20 @@ _BLOCKS_PER_REPLICA = 6
 _UNSORTED_ROWS = 16  # rows that are taken for a slice where a rule counts rows: a stage may sort them itself
 
 
-def lower(plan: Plan, source: Source, *, todo: Todo | None = None, log: Any = None, most_rows: int = 4096, finish: Finish | None = None) -> compat.Dataset:
+def lower(plan: Plan, source: Source, *, todo: Todo | None = None, log: Any = None, rows: int | None = None, finish: Finish | None = None) -> compat.Dataset:
     """The plan over the source as a native dataset: a reading operator, then one operator per group.
 
     Functions become tasks, models become actor pools between the plan's bounds, each with resources of its own, so that
     what prepares the input of a model runs beside it. Go on with Ray's own API from here, if you like: the rows have the
     hidden columns of `headrace.lineage`, and a row that failed has a fault there. `todo` are the rows to run, all when left
-    out; `log` is an `EventLog` actor, one of its own when left out. Blocks that a model gets have at most `most_rows` rows, and
-    `finish` is called with every block of the last operator.
+    out; `log` is an `EventLog` actor, one of its own when left out. `rows` are those of a block, as far as memory and the
+    number of replicas allow, where no stage has its rows sorted by length; `finish` is called with every block of the last operator.
     """
     if todo is None:
         todo = resume.todo(State(request={}, facts={}, units="", unreadable=dict(source.unreadable)), source.units)
     log = log or EventLog.remote()  # type: ignore[attr-defined]
     count = _count(todo)
-    rows = block_rows(plan, source, count=count, most=most_rows)
+    rows = block_rows(plan, source, count=count, wanted=rows)
     dataset: compat.Dataset = ray.data.from_arrow(pack(todo, rows))
     # The readers get their units task by task, so the source itself travels without them.
     reader = Reader(dataclasses.replace(source, units=()), plan.source, rows, log, None if plan.groups else finish)
@@ -85,7 +85,7 @@ def _operator(dataset: compat.Dataset, group: Group, count: int | None, rows: in
     return dataset.map_batches(Replica, fn_constructor_kwargs=given, compute=pool, batch_size=size, batch_format="pyarrow", **options)
 
 
-def block_rows(plan: Plan, source: Source, *, count: int | None, most: int = 4096) -> int:
+def block_rows(plan: Plan, source: Source, *, count: int | None, wanted: int | None = None) -> int:
     """Rows per block of a run over `count` rows: large enough to sort by length within, small enough to share out and to hold.
 
     Sorted within n rows and cut into slices of s, about s / n of the tokens are padding (measured on reviews: 9 % for 13 / 167,
@@ -100,7 +100,9 @@ def block_rows(plan: Plan, source: Source, *, count: int | None, most: int = 409
         call_rows = max(stage.concurrency * _slice_rows(stage.batch, source) for stage in stages)
         slice_rows = max(_slice_rows(s.batch, source) if isinstance(s.batch, Tokens) else min(_UNSORTED_ROWS, s.batch.count) for s in stages)
         best = 8 * call_rows if count is None else math.isqrt(2 * slice_rows * count // replicas)
-        ideal = min(most, max(best, min(512, 2 * call_rows)))
+        ideal = min(4096, max(best, min(512, 2 * call_rows)))
+    if wanted is not None and not any(isinstance(stage.batch, Tokens) for group in models for stage in group.stages):
+        ideal = wanted
     if count is not None:
         ideal = min(ideal, math.ceil(count / (_BLOCKS_PER_REPLICA * replicas)))
     return max(1, min(max(32, ideal), _BLOCK_BYTES // max(1, source.row_bytes), _HEAVIEST_BLOCK_BYTES // max(1, source.heaviest_bytes)))

@@ -333,7 +333,7 @@ def _rows(plan: Plan, source: Source, training: Training, home: Place, log: Any)
         if not todo:
             return ray.data.from_arrow(pa.table({name: pa.array([], pa.null()) for name in plan.columns}))
         settled = Settled(log, shuffle=training.shuffle, seed=training.seed)
-        return lower(plan, source, todo=todo, log=log, most_rows=_BLOCK_ROWS, finish=settled)
+        return lower(plan, source, todo=todo, log=log, rows=_BLOCK_ROWS, finish=settled)
 
 
 def _told(error: trainers.TrainingFailedError) -> HeadraceError:
