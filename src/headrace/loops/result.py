@@ -43,7 +43,8 @@ class Sums:
     finished: RunFinished | None = None
     failed: RunFailed | None = None
     timeline: Timeline | None = None
-    first_s: float = math.inf
+    first_s: float = math.inf  # when rows were first taken, and when last
+    rows_s: float = 0.0
     last_s: float = 0.0
     workers: int = 0
     starts: int = 0
@@ -96,7 +97,7 @@ class Sums:
 
     def _steps(self, event: StepsDone) -> None:
         begun_s = event.at_s - event.span_s
-        self.first_s = min(self.first_s, begun_s)
+        self.first_s, self.rows_s = min(self.first_s, begun_s), max(self.rows_s, event.at_s)
         self.step, self.rows = max(self.step, event.step), self.rows + event.rows
         self.wait_s, self.busy_s = self.wait_s + event.wait_s, self.busy_s + event.span_s
         if event.accelerator_share is not None:
@@ -177,7 +178,7 @@ class TrainingReport:
         begun_s = sums.timeline.start_s if sums.timeline else sums.last_s
         recent = [event for events in sums.recent.values() for event in events]
         span_s = sum(event.span_s for event in recent)
-        working_s = max(1e-9, sums.last_s - sums.first_s)
+        working_s = max(1e-9, sums.rows_s - sums.first_s)
         state = "succeeded" if sums.finished else "running" if failed is None else "stopped" if failed.error == "StoppedError" else "failed"
         return TrainingReport(
             training=started.pipeline if started else "",

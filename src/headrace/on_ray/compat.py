@@ -168,6 +168,11 @@ def recall(key: str) -> bytes | None:
     return value
 
 
+def has_api_server() -> bool:
+    """Whether Ray's API server runs, which its state API asks. A Ray that is started here has none."""
+    return bool(internal_kv._internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD))
+
+
 class _Whole(ClusterAutoscaler):
     """All of a cluster that does not grow and that no other job uses."""
 
