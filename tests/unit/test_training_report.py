@@ -40,9 +40,10 @@ def summed(*more):
 
 
 def test_a_report_adds_up():
+    """Rates are from the first batch to the last: what comes after is no training."""
     report = TrainingReport.of(summed(RunFinished(2000, 2000, 0, 30.0, **at(30))), epochs=2)
     assert (report.state, report.step, report.rows_in, report.rows, report.workers, report.epochs) == ("succeeded", 10, 2000, 4000, 2, 2)
-    assert (report.startup_s, report.wall_s, report.wait_share, report.rows_per_s, report.now_per_s) == (10, 30, 0.2, 200, 200)  # rates are from the first batch to the last: what comes after is no training
+    assert (report.startup_s, report.wall_s, report.wait_share, report.rows_per_s, report.now_per_s) == (10, 30, 0.2, 200, 200)
     assert (report.checkpoints, report.saving_s, report.saved_step, report.metrics) == (1, 0.5, 10, {"loss": 0.25})
     assert report.curves == {"loss": ((5, 20.0, 0.5), (10, 20.0, 0.25))}
     assert report.cost.usd == pytest.approx(0.029)
