@@ -152,7 +152,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("step", ["request.json", "cut/0-0-00000.json", "joined/0-00001.json", "report.json"])
+@pytest.mark.parametrize("step", ["request.json", "cut/0-0-00000.json", "joined/0-00001.json", "_headrace/report.json"])
 def test_a_driver_that_is_killed_goes_on_where_it_was(data, step):
     """SIGKILL right after a step counts; the same command then ends with the same output. Without Ray, so that nothing is left behind."""
     (data / "views.py").write_text(VIEWS)
