@@ -358,6 +358,7 @@ def test_an_answer_becomes_values():
         "either": "0",
     }
     assert engine.bodies[0]["response_format"]["json_schema"]["schema"]["required"] == ["headline", "stars", "mood"]
+    assert engine.bodies[0]["response_format"]["json_schema"]["schema"]["additionalProperties"] is False  # nothing else, until it is cut off
 
 
 def test_the_values_pass_the_contract():

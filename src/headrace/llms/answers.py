@@ -46,7 +46,7 @@ class Schema:
 
     def format(self) -> dict[str, Any]:
         """The response format of a request, for constrained decoding."""
-        return {"type": "json_schema", "json_schema": {"name": self.model.__name__, "schema": self.model.model_json_schema()}}
+        return {"type": "json_schema", "json_schema": {"name": self.model.__name__, "schema": _closed(self.model.model_json_schema())}}
 
     def values(self, text: str) -> dict[str, Any]:
         """The fields of an answer.
@@ -66,6 +66,16 @@ class Schema:
         plain = answer.model_dump(mode="json", include=set(self.as_json)) if self.as_json else {}
         texts = {name: None if value is None else json.dumps(value, ensure_ascii=False) for name, value in plain.items()}
         return {name: texts[name] if name in texts else _bare(getattr(answer, name)) for name in self.columns}
+
+
+def _closed(schema: Any) -> Any:
+    """The schema whose objects have no other properties than those that it names, unless it says so: a model could go on with some until it is cut off."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(one) for name, one in schema.items()}
+    return {"additionalProperties": False, **closed} if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" else closed
 
 
 def _column(annotation: Any) -> ColumnType | None:
