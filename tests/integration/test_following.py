@@ -117,3 +117,5 @@ def test_an_alias_that_moves_brings_its_version_in(client: Any, tmp_path: Path):
         service.process.send_signal(signal.SIGTERM)
         service.process.wait(60)
         service.readers[0].join()
+        assert service.process.stdout is not None
+        service.process.stdout.close()

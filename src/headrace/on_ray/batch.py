@@ -90,7 +90,7 @@ def block_rows(plan: Plan, source: Source, *, count: int | None, wanted: int | N
 
     Sorted within n rows and cut into slices of s, about s / n of the tokens are padding (measured on reviews: 9 % for 13 / 167,
     4 % for 13 / 384). Of m rows per replica, the last block leaves replicas idle for half a block on average, n / 2m of the run. The sum of
-    the two is least at n = sqrt(2 s m).
+    the two is least at n = sqrt(2 s m). Where no stage is sorted by length, `wanted` takes the place of that.
     """
     models = [group for group in plan.groups if group.replicas]
     replicas = sum(group.replicas[1] for group in models if group.replicas) or int(plan.cluster.cpus) or 1

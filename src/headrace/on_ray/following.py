@@ -42,7 +42,7 @@ class Follower:
                 if not self._look(tell, narrated, lambda: wait(0.0)):
                     return
                 self._trouble = ""
-            except (StoppedError, ValueError):  # told to stop, or the service has ended
+            except StoppedError:
                 return
             except (HeadraceError, ray.exceptions.RayError) as error:  # the registry, or control, is away: for as long as that takes, the service is as it was
                 if str(error) != self._trouble:
@@ -57,7 +57,10 @@ class Follower:
             self._refused = None
         if meant in (answering, self._refused):
             return True
-        control = control_of(deployment.service)
+        try:
+            control = control_of(deployment.service)
+        except ValueError:  # the service has ended
+            return False
         latest, _ = get(control.latest.remote())
         if latest != self.last.number:
             tell(f"version {latest} of {deployment.service} was deployed by another command; aliases are not followed here any more")
@@ -71,7 +74,8 @@ class Follower:
         except DeployError as error:
             self._refused = meant
             latest, _ = get(control.latest.remote())
-            self.last = dataclasses.replace(self.last, number=latest)
+            # A later one than ours is somebody else's, which superseded it.
+            self.last = dataclasses.replace(self.last, number=min(latest, self.last.number + 1))
             tell(f"{error}; it is not tried again until the alias has named another")
         return True
 
