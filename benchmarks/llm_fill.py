@@ -1,10 +1,11 @@
 """A batch in the background of an LLM endpoint: what it takes from those who wait, and how much of the engine it gets. Part of `llm_serving.py --fill`.
 
-Three loads of one service, one after the other in each round, all of equal lengths: (1) interactive requests alone, an open loop at a share of
-the rate at which the engine is full; (3) a batch alone, which was uploaded to `/v1/files` and ordered from `/v1/batches`; (2) both at once.
-Told are the interactive TTFT of (2) over that of (1), and the tokens per second of all in (2) over those of (3). A batch's tokens are its
+Four loads of one service, one after the other in each round, all of equal lengths: streams in as many closed loops as the engine computes at a
+time, which fill it; interactive requests alone, an open loop at a share of that rate; a batch alone, which was uploaded to `/v1/files` and ordered
+from `/v1/batches`; and those interactive requests with such a batch behind them. Told are the interactive TTFT of the last over that of those alone,
+and the tokens per second of all in the last over those of the first, and over those of a batch alone. A batch's tokens are its
 `request_counts.completed` times the tokens of each answer, all of which are equally long; at the end every answer is looked at. With a small
-model on a CPU, tokens that are streamed cost much more around the engine than a batch's, which the second ratio has in it.
+model on a CPU, tokens that are streamed cost much more around the engine than a batch's, which the last ratio has in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ def measure(task: Task, look: Callable[[], tuple[float, float]], arguments: argp
     seconds, settle_s, output = arguments.fill_seconds, arguments.settle_s, arguments.output_tokens
     url = task.url + task.path
     job = Job(url=url, bodies=task.streamed, seconds=arguments.seconds, settle_s=settle_s, streams=arguments.sequences)
-    full, before, after = drive(job, look)
-    full |= used(before, after, job.seconds, full["load_cores"])
-    per_s = full["tokens_per_s"] / output
-    print(f"full, {arguments.sequences} streams: {per_s:.1f} requests/s {full}", flush=True)
     rounds: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
+        full, before, after = drive(replace(job, number=(number + 90) * 10_000_000), look)
+        full |= used(before, after, job.seconds, full["load_cores"])
+        per_s = full["tokens_per_s"] / output
+        print(f"round {number + 1}: full, {arguments.sequences} streams: {per_s:.1f} requests/s {full}", flush=True)
         due_s = arrivals(arguments, arguments.share * per_s, settle_s + seconds, number)
         open_ = {"url": url, "bodies": task.streamed, "seconds": seconds, "settle_s": settle_s, "due_s": due_s}
         alone, before, after = drive(Job(**open_, number=(number + 1) * 10_000_000), look)
@@ -76,14 +77,14 @@ def measure(task: Task, look: Callable[[], tuple[float, float]], arguments: argp
         both["batch_tokens_per_s"] = round(rate(early[0], late[0]) * output, 1)
         both["all_tokens_per_s"] = round(both["batch_tokens_per_s"] + both["tokens_per_s"], 1)
         print(f"round {number + 1}: interactive with a batch behind it {both}", flush=True)
-        rounds.append({"alone": alone, "batch": only, "both": both, "answers": batch.answers(output)})
+        rounds.append({"full": full, "alone": alone, "batch": only, "both": both, "answers": batch.answers(output)})
     ratios = [
         {f"ttft_p{q}": one["both"][f"ttft_p{q}_ms"] / one["alone"][f"ttft_p{q}_ms"] for q in (50, 99)}
-        | {"tokens": one["both"]["all_tokens_per_s"] / one["batch"]["tokens_per_s"]}
+        | {f"tokens_of_{name}": one["both"]["all_tokens_per_s"] / one[name]["tokens_per_s"] for name in ("full", "batch")}
         for one in rounds
     ]
     middle = {key: round(statistics.median(one[key] for one in ratios), 3) for key in ratios[0]}
-    return {"full": full, "rounds": rounds, "ratios": middle}
+    return {"rounds": rounds, "ratios": middle}
 
 
 def arrivals(arguments: argparse.Namespace, per_s: float, seconds: float, number: int) -> list[float]:
@@ -180,7 +181,9 @@ def tell(results: dict[str, Any]) -> None:
             ttft = f"TTFT p50 {part['ttft_p50_ms']} ms, p99 {part['ttft_p99_ms']} ms"
             print(f"{name:24} {part['requests']:6} requests, {sum(part['failed'].values())} failed, {ttft}; others {part['other_cores']} cores")
         both = f"both {one['both']['all_tokens_per_s']}, of which the batch {one['both']['batch_tokens_per_s']}"
-        print(f"batch alone {one['batch']['tokens_per_s']} tokens/s; {both}; others beside the batch {one['batch']['other_cores']} cores")
+        alone = f"full {one['full']['tokens_per_s']} tokens/s, batch alone {one['batch']['tokens_per_s']}"
+        print(f"{alone}; {both}; others beside the batch {one['batch']['other_cores']} cores")
         print(f"lines of the batch: {one['answers']['answered']} answered, {one['answers']['wrong']} of them not as asked")
     ratios = results["ratios"]
-    print(f"both over alone, medians: TTFT p50 {ratios['ttft_p50']} times, p99 {ratios['ttft_p99']} times; tokens/s {ratios['tokens']} times")
+    tokens = f"tokens/s {ratios['tokens_of_full']} times those of a full engine, {ratios['tokens_of_batch']} times those of a batch alone"
+    print(f"both over alone, medians: TTFT p50 {ratios['ttft_p50']} times, p99 {ratios['ttft_p99']} times; {tokens}")

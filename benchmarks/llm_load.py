@@ -33,6 +33,9 @@ import uvloop
 PLACE = "0000000000"
 """What a request's text begins with: a number of its own goes there, so that no server finds its prefix in a cache."""
 
+PAUSE = 0.1
+"""Of the time that an answer took, how much at most passes until its stream asks again, in a closed loop."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -152,13 +155,22 @@ class Load:
                 asked.error = "the stream ended early" if asked.texts_s else "the stream had no text"
 
     async def closed(self) -> None:
-        """As many streams at once as the job says. Each begins with a shorter answer, or all would go on in step with each other."""
+        """As many streams at once as the job says.
+
+        Each begins with a shorter answer, and pauses after each one for up to `PAUSE` of the time that it took. Without, streams whose answers are
+        equally long would fall in step, and stay so: requests that meet in one step of the engine end in one, and begin again together. Then their
+        prompts are read together, which flatters tokens per second, and tells of first tokens only how many have met.
+        """
         shares = random.Random(self.job.number)
 
         async def keep_on(share: float) -> None:
             stream = Stream()
-            await self.one(stream, time.perf_counter(), share=share)
-            while (now_s := time.perf_counter()) < self.end_s:
+            now_s = time.perf_counter()
+            await self.one(stream, now_s, share=share)
+            while True:
+                await asyncio.sleep(shares.random() * PAUSE * (time.perf_counter() - now_s))
+                if (now_s := time.perf_counter()) >= self.end_s:
+                    break
                 await self.one(stream, now_s)
             if not stream.lost:
                 stream.transport.close()

@@ -249,6 +249,12 @@ def test_it_ends_with_all_its_processes(tiny: Any):
     assert not left
 
 
+def test_on_a_cpu_it_computes_in_the_process_that_schedules(engine: Engine):
+    """With one for each, the second would use up a core by asking whether the first has ended its step."""
+    core = psutil.Process(engine._client.engine_core.resources.engine_manager.processes[0].pid)
+    assert not [child for child in core.children(recursive=True) if "tracker" not in " ".join(child.cmdline())]
+
+
 def test_one_that_is_stopped_is_given_up_and_then_says_so(engine: Engine):
     """Last, since it is the end of the engine that the tests before share."""
     core = engine._client.engine_core.resources.engine_manager.processes[0].pid

@@ -7,11 +7,16 @@ nobody's numbers, so that an answer depends on its seed alone, however its promp
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+_SWITCH_S = 1e-4
+"""How long Python lets a thread compute on while another wants to. The engine's scheduler, its sockets and this worker are threads of one process: with
+Python's own 5 ms requests and tokens would wait for a step."""
 
 
 class Runner(CPUModelRunner):  # type: ignore[misc]
@@ -38,5 +43,6 @@ class Worker(CPUWorker):  # type: ignore[misc]
     def init_device(self) -> None:
         """See vLLM."""
         super().init_device()
+        sys.setswitchinterval(_SWITCH_S)
         if type(self.model_runner) is CPUModelRunner:  # vLLM makes it here, and has no setting for it
             self.model_runner.__class__ = Runner
