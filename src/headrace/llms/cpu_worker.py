@@ -16,7 +16,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 _SWITCH_S = 1e-4
 """How long Python lets a thread compute on while another wants to. The engine's scheduler, its sockets and this worker are threads of one process: with
-Python's own 5 ms requests and tokens would wait for a step."""
+Python's own 5 ms requests came a tenth later to their first tokens."""
 
 
 class Runner(CPUModelRunner):  # type: ignore[misc]
