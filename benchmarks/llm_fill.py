@@ -181,8 +181,8 @@ def tell(results: dict[str, Any]) -> None:
             ttft = f"TTFT p50 {part['ttft_p50_ms']} ms, p99 {part['ttft_p99_ms']} ms"
             print(f"{name:24} {part['requests']:6} requests, {sum(part['failed'].values())} failed, {ttft}; others {part['other_cores']} cores")
         both = f"both {one['both']['all_tokens_per_s']}, of which the batch {one['both']['batch_tokens_per_s']}"
-        alone = f"full {one['full']['tokens_per_s']} tokens/s, batch alone {one['batch']['tokens_per_s']}"
-        print(f"{alone}; {both}; others beside the batch {one['batch']['other_cores']} cores")
+        bounds = f"full {one['full']['tokens_per_s']} tokens/s, batch alone {one['batch']['tokens_per_s']}"
+        print(f"{bounds}; {both}; others beside the batch {one['batch']['other_cores']} cores")
         print(f"lines of the batch: {one['answers']['answered']} answered, {one['answers']['wrong']} of them not as asked")
     ratios = results["ratios"]
     tokens = f"tokens/s {ratios['tokens_of_full']} times those of a full engine, {ratios['tokens_of_batch']} times those of a batch alone"

@@ -164,14 +164,12 @@ class Load:
         shares = random.Random(self.job.number)
 
         async def keep_on(share: float) -> None:
-            stream = Stream()
-            now_s = time.perf_counter()
-            await self.one(stream, now_s, share=share)
-            while True:
+            stream, now_s = Stream(), time.perf_counter()
+            while now_s < self.end_s:
+                await self.one(stream, now_s, share=share)
+                share = 1.0
                 await asyncio.sleep(shares.random() * PAUSE * (time.perf_counter() - now_s))
-                if (now_s := time.perf_counter()) >= self.end_s:
-                    break
-                await self.one(stream, now_s)
+                now_s = time.perf_counter()
             if not stream.lost:
                 stream.transport.close()
 

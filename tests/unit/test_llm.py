@@ -505,3 +505,13 @@ def _worker(stage: hr.LLM, engine: Scripted):
         return Worker([Stage.of(stage)])
     finally:
         type(stage).setup = setup
+
+
+def test_an_engine_on_a_cpu_is_one_process_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert EngineConfig(model="m", name="m").in_one_process
+    assert EngineConfig(model="m", name="m", arguments={"distributed_executor_backend": "uni"}).in_one_process
+    assert not EngineConfig(model="m", name="m", arguments={"distributed_executor_backend": "mp"}).in_one_process
+    assert not EngineConfig(model="m", name="m", device="cuda").in_one_process
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert not EngineConfig(model="m", name="m").in_one_process

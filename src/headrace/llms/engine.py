@@ -174,9 +174,8 @@ class Engine:
         yields = schedules.policy == "priority" and not schedules.async_scheduling and schedules.scheduler_cls is None and not self.config.embed
         if yields:
             schedules.scheduler_cls = "headrace.llms.yielding.Yielding"
-        if self.config.device == "cpu" and config.parallel_config.world_size == 1 and "distributed_executor_backend" not in given:
-            # vLLM computes in a process of its own, so that its threads can be bound to cores, which `environment` leaves to the system; and the
-            # scheduler's process spins while it waits for that one's answers, on a core that others need.
+        if self.config.in_one_process and config.parallel_config.world_size == 1:
+            # As an argument vLLM would overrule it. Of two processes, the one that schedules spins while the other computes, on a core that others need.
             config.parallel_config.distributed_executor_backend = "uni"
         self._client = AsyncLLM(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True, log_requests=False, stat_loggers=[self._steps.logger()]

@@ -18,6 +18,7 @@ VLLM_VERSION = "0.29.0"
 
 _KV_CACHE_BYTES = 2 << 30  # on a CPU, where vLLM would take most of the machine's memory
 _CPU_WORKER = "headrace.llms.cpu_worker.Worker"
+_BINDING, _UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 _GPU_SHARE = 0.9  # of an accelerator's memory
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _GRAMMAR = {"backend": "guidance", "disable_any_whitespace": True}
@@ -74,6 +75,15 @@ class EngineConfig:
             chosen["gpu_memory_utilization"] = _GPU_SHARE * self.gpus
         return {**chosen, **self.arguments}
 
+    @property
+    def in_one_process(self) -> bool:
+        """Whether a single worker is to compute in the process that schedules: on a CPU, unless the user says otherwise.
+
+        That is by another executor, or by binding threads to cores, which vLLM only does to worker processes.
+        """
+        one = self.arguments.get("distributed_executor_backend", "uni") == "uni"
+        return self.device == "cpu" and one and os.environ.get(_BINDING, _UNBOUND) == _UNBOUND
+
     def environment(self) -> dict[str, str]:
         """Variables that vLLM and its libraries read when they are loaded; those that are set already stay as they are."""
         variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -83,7 +93,7 @@ class EngineConfig:
             variables["HF_HUB_OFFLINE"] = "1"  # all is here: nobody need be asked
         if self.device == "cpu":
             # Bound to cores by vLLM's own choice, replicas of one machine would share some and leave others idle: ten times slower.
-            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+            variables |= {_BINDING: _UNBOUND, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
         return variables
 
 
