@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,6 +33,7 @@ from headrace.serving.door.side import SideDoor
 from headrace.serving.door.talk import Whole
 from headrace.serving.replica.server import ReplicaServer
 from headrace.serving.routes import Endpoint, GroupRoute, Limits, Routes, VersionRoute
+from headrace.serving.watch.logs import AccessLog
 from headrace.serving.wire import Failure, Question, Said
 
 
@@ -382,6 +384,37 @@ def test_a_key_asks_only_its_models_and_a_key_of_the_file_is_not_booked(tmp_path
                     good, none = await results(depot, await over(depot, theirs, "bob"), "bob")
         assert {line["response"]["status_code"] for line in bad.values()} == {403} and len(good) == 2 and not none
         assert accounts.used() == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("prompts_too", [False, True])
+def test_what_replicas_answer_is_logged_like_any_request(tmp_path: Path, prompts_too: bool):
+    async def test(service: Service) -> None:
+        log = io.StringIO()
+        service.door.log = AccessLog(log, service="talk", door="background")
+        accounts = Accounts(tmp_path, log_prompts=prompts_too)
+        replica = service.replica()
+        await service.route(replica)
+        with depot_in(tmp_path, time.time, attempts=1) as depot:
+            async with accounts.till() as till:
+                background = Background(service.door, till=till)
+                async with working(depot, background, background.slots):  # type: ignore[arg-type]
+                    failing = request_line("f", model=MODEL, messages=[{"role": "user", "content": "500: no"}])
+                    batch = await over(depot, await order(depot, prompts(2) + failing))
+            good, bad = await results(depot, batch)
+        await service.door.close(timeout_s=1.0)
+        lines = [json.loads(line) for line in log.getvalue().splitlines()]
+        named = {line["request_id"]: line for line in lines}
+        assert len(lines) == 3 and set(named) == {line["response"]["request_id"] for line in good.values()} | {bad["f"]["id"]}
+        line = named[good["r1"]["response"]["request_id"]]
+        assert {"time", "took_ms", "bytes_in", "bytes_out"} < set(line) and ("asked" in line) is prompts_too
+        told = {"level": "info", "service": "talk", "door": "background", "method": "POST", "path": CHAT, "status": 200, "version": 1, "model": MODEL}
+        told |= {"prompt_tokens": 2, "cached_tokens": 0, "completion_tokens": 4, "key": "ann", "replica": replica.endpoint.replica, "attempts": 1}
+        assert line.items() >= told.items()
+        if prompts_too:
+            assert json.loads(line["asked"])["messages"] == [{"role": "user", "content": "word 1"}]
+        assert (named[bad["f"]["id"]]["status"], named[bad["f"]["id"]]["level"]) == (500, "error")
 
     run(test)
 

@@ -18,8 +18,8 @@ class Out:
 
 def test_lines_stay_whole():
     out = Out()
-    with Pipes(2, out) as pipes:
-        files = [writer(pipes.pattern, number) for number in range(2)]
+    with Pipes("01", out) as pipes:
+        files = [writer(pipes.pattern, door) for door in "01"]
         for line in range(200):
             for number, file in enumerate(files):
                 file.write(f"{number} {line} {'x' * 3000}\n")
@@ -34,9 +34,9 @@ def test_lines_stay_whole():
 
 def test_a_door_that_comes_back_writes_on():
     out = Out()
-    with Pipes(1, out) as pipes:
+    with Pipes("0", out) as pipes:
         for line in range(400):
-            with writer(pipes.pattern, 0) as file:
+            with writer(pipes.pattern, "0") as file:
                 file.write(f"{line}\n")
     assert out.text.decode().split() == [str(line) for line in range(400)]
     assert not os.path.exists(pipes.pattern.format(0))
@@ -45,4 +45,4 @@ def test_a_door_that_comes_back_writes_on():
 def test_without_a_reader_there_is_no_pipe(tmp_path):
     (tmp_path / "1").write_text("")
     os.mkfifo(tmp_path / "2")
-    assert [writer(str(tmp_path / "{}"), number) for number in range(3)] == [None, None, None]
+    assert [writer(str(tmp_path / "{}"), door) for door in "012"] == [None, None, None]

@@ -10,22 +10,24 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
-from headrace.on_ray.doors import Opening
+from headrace.on_ray.doors import Listening
 from headrace.on_ray.ties import Ties, ask_words
 from headrace.serving.door.server import new_loop
 from headrace.serving.door.side import SideDoor
+from headrace.serving.routes import BACKSTAGE
+from headrace.serving.watch.logs import AccessLog
 
 _LEFT_S = 5.0  # for work that is cancelled to let go of what it has
 
 
 class Backstage:
-    """The actor, for a service and its guests; `name` is what their controls know it by among the doors."""
+    """The actor, for a service and its guests, whose controls know it by `BACKSTAGE` among the doors."""
 
-    def __init__(self, service: str, name: str, opening: Opening) -> None:
-        self._ties: Ties[SideDoor] = Ties(service)
+    def __init__(self, listening: Listening) -> None:
+        self._ties: Ties[SideDoor] = Ties(listening.service)
         self._loop = new_loop()()
         threading.Thread(target=self._loop.run_forever, name="headrace-backstage", daemon=True).start()
-        self._run(self._begin(service, name, opening))
+        self._run(self._begin(listening))
         self._ties.hold(self._run, self._watch)
 
     def listens(self) -> None:
@@ -40,8 +42,16 @@ class Backstage:
         """Begin nothing more at a guest, which is none any more, and finish what is at its replicas."""
         self._run(self.door.lobby.dismiss(guest, timeout_s=timeout_s))
 
-    async def _begin(self, service: str, name: str, opening: Opening) -> None:
-        self.door = SideDoor(service, name=name, ask_words=ask_words)
+    async def _begin(self, listening: Listening) -> None:
+        stream, opening = listening.log_of(BACKSTAGE), listening.opening
+        assert opening is not None
+
+        def make(service: str) -> SideDoor:
+            log = None if stream is None else AccessLog(stream, service=service, door=BACKSTAGE)
+            return SideDoor(service, name=BACKSTAGE, ask_words=ask_words, log=log)
+
+        self.door = make(listening.service)
+        self.door.lobby.make = make
         self._ties.introduce(self.door.lobby)
         self._stopping = asyncio.Event()
         self._work = asyncio.get_running_loop().create_task(opening.work(self.door, self._stopping))

@@ -32,6 +32,10 @@ class Listening:
     logs: str | None = ""
     opening: Opening | None = None
 
+    def log_of(self, door: str) -> Shared | None:
+        """Where one of its processes writes what is logged, for all services; None where nothing is."""
+        return None if self.logs is None else Shared(writer(self.logs, door) or sys.stdout)
+
 
 class Opening(Protocol):
     """What has a service speak more than rows, of plain data: each process that has it opens everything for itself."""
@@ -51,7 +55,7 @@ class FrontDoor:
     """The actor: a door of a service, and behind it one of each of that service's guests."""
 
     def __init__(self, listening: Listening, number: int) -> None:
-        stream = None if listening.logs is None else Shared(writer(listening.logs, number) or sys.stdout)
+        stream = listening.log_of(str(number))
 
         def make(service: str) -> Door:
             log = None if stream is None else AccessLog(stream, service=service, door=str(number))

@@ -132,7 +132,7 @@ def _stay(services: Sequence[Service], tell: Tell, ready: Ready | None, stopped:
         port = during.enter_context(_reserved(face.host, face.port))  # an address that is taken is told before Ray starts
         has = during.enter_context(cluster.connected(verbose=host.where.verbose, promises=PROMISES, urgent=True))
         stopped.listen()
-        pipes = during.enter_context(Pipes(face.doors, sys.stdout.buffer)) if face.log else None
+        pipes = during.enter_context(Pipes([*map(str, range(face.doors)), BACKSTAGE], sys.stdout.buffer)) if face.log else None
         standing, versions = _begin(services, has, port, pipes.pattern if pipes else "", tell, stopped)
         entry = cluster.entry()
         for one in services:
@@ -187,7 +187,7 @@ def _begin(services: Sequence[Service], has: Cluster, port: int, logs: str, tell
     listening = Listening(host.name, face.host, port, face.tls, logs if face.log else None, face.opening)
     doors = [_actor(FrontDoor, door_name(host.name, number), 8).remote(listening, number) for number in range(face.doors)]
     if face.opening is not None and face.opening.works:
-        doors.append(_actor(Backstage, door_name(host.name, BACKSTAGE), 8).remote(host.name, BACKSTAGE, face.opening))
+        doors.append(_actor(Backstage, door_name(host.name, BACKSTAGE), 8).remote(listening))
     with _ended_on_failure(services):
         for guest in services[1:]:
             _control(Charge(guest.name, guest.limits, url, ca=ca, behind=host.name))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from headrace.serving.door.fleet import Version
     from headrace.serving.door.link import Link
     from headrace.serving.door.side import SideDoor
+    from headrace.serving.watch.logs import AccessLog
 
 PRIORITY = 2
 """Of lines: what people wait for goes first, at doors, in replicas and in the engine."""
@@ -151,13 +152,13 @@ class Background:
             names = ", ".join(map(repr, allowed))
             raise Refused(f"this key may not ask the model {model!r}; ask one of {names}", "model", status=403, code="model_not_allowed")
         if key is None or key.limits.budget_usd is None:
-            return await self._ask(line, version, asked, model)
+            return await self._ask(line, version, asked, model, key)
         granted = await self._reserve(key, line, version, asked, model)
         if granted is not None and not isinstance(granted, Grant):
             return granted
         answered = False
         try:
-            outcome = await self._ask(line, version, asked, model)
+            outcome = await self._ask(line, version, asked, model, key)
             answered = isinstance(outcome, Answered) and outcome.usage is not None
         finally:
             if granted is not None and not answered:  # otherwise it is settled when the line is booked
@@ -198,20 +199,24 @@ class Background:
         self._short_s[key.name] = now_s + result.retry_after_s
         return Retry(result.retry_after_s)
 
-    async def _ask(self, line: Line, version: Version, asked: Asked, model: str) -> Outcome:
+    async def _ask(self, line: Line, version: Version, asked: Asked, model: str, key: Key | None) -> Outcome:
         """Ask a replica."""
         path, pool = line.batch.endpoint, version.pools[-1]
         question = Question(path, PRIORITY, asked.prompt_tokens + asked.answer_tokens(path, length_of(version)))
         door = self._door.lobby.of(version)
         with door.turnstile.passing():
-            outcome = await self._journey(line, asked).ask(pool, line.body, Whole(question))
+            journey, began_s = self._journey(line, asked), asyncio.get_running_loop().time()
+            outcome = await journey.ask(pool, line.body, Whole(question))
+        if outcome in _LATER:
+            return Retry(max(pool.retry_after_s, _AGAIN_S if outcome is not NO_ROOM else 0.0))
+        if door.log is not None:
+            logged = key is not None and key.limits.log_prompts
+            _note(door.log, line, version, journey, outcome, took_s=asyncio.get_running_loop().time() - began_s, model=asked.model, logged=logged)
         if not isinstance(outcome, Failure):
             said, answer = outcome
             if 200 <= said.status < 300:
                 door.retries.earn()
             return _answered(said, bytes(answer), model)
-        if outcome in _LATER:
-            return Retry(max(pool.retry_after_s, _AGAIN_S if outcome is not NO_ROOM else 0.0))
         if outcome is BROKEN_OFF or outcome.code in _GUILTY:  # the replicas that were lost with it took other requests with them
             return Failed("server_error", outcome.message)
         return Lost(outcome.message) if outcome.status >= 500 else _told(outcome)
@@ -220,6 +225,32 @@ class Background:
     def _journey(line: Line, asked: Asked, *, priority: int = PRIORITY) -> Journey:
         deadline = asyncio.get_running_loop().time() + _LINE_S
         return Journey(deadline, priority, request_id=request_id(line.batch, line.number), prefix=asked.prefix)
+
+
+def _note(
+    log: AccessLog, line: Line, version: Version, journey: Journey, outcome: tuple[Said, memoryview] | Failure, *, took_s: float, model: str, logged: bool
+) -> None:
+    """Log what came of a line that replicas were asked."""
+    said, answer = (None, b"") if isinstance(outcome, Failure) else outcome
+    log.request(
+        request_id=journey.request_id,
+        method="POST",
+        path=line.batch.endpoint,
+        status=outcome.status if isinstance(outcome, Failure) else outcome[0].status,
+        error=outcome.code if isinstance(outcome, Failure) else None,
+        took_ms=took_s * 1e3,
+        version=version.number,
+        model=model,
+        prompt_tokens=said.prompt_tokens if said is not None else None,
+        cached_tokens=said.cached_tokens if said is not None else None,
+        completion_tokens=said.completion_tokens if said is not None else None,
+        bytes_in=len(line.body),
+        bytes_out=len(answer),
+        key=line.batch.owner,
+        replica=(journey.asked.replica if journey.asked is not None else "") or None,
+        attempts=1 + journey.retries,
+        asked=line.body.decode("utf-8", "replace") if logged else None,
+    )
 
 
 def _answered(said: Said, answer: bytes, model: str) -> Outcome:

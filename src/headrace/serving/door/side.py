@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.serving.door.app import CLOSING, TICK_S
 from headrace.serving.door.fleet import Fleet
@@ -12,18 +12,22 @@ from headrace.serving.door.retries import AskWords, Retries
 from headrace.serving.door.turnstile import Turnstile
 from headrace.serving.routes import DoorReport, Routes
 
+if TYPE_CHECKING:
+    from headrace.serving.watch.logs import AccessLog
+
 
 class SideDoor:
     """What routes background work. It lives on one event loop, on which all its methods are called.
 
     It reports what it hears of replicas, and which groups it waits for, so that one is started where the last has ended while nothing was asked,
     and no more than one. It counts no requests: versions are judged, and replicas added, by what people wait for. `lobby` has those of other
-    services behind the same address.
+    services behind the same address. What replicas answer goes into `log`.
     """
 
-    def __init__(self, service: str, *, name: str, ask_words: AskWords | None = None) -> None:
+    def __init__(self, service: str, *, name: str, ask_words: AskWords | None = None, log: AccessLog | None = None) -> None:
         self.service = service
         self.name = name
+        self.log = log
         self.retries = Retries(ask_words=ask_words, retried=lambda version, why: None)
         self.fleet = Fleet(retries=self.retries, answered=lambda pool, done: None)
         self.lobby: Lobby[SideDoor] = Lobby(self, lambda guest: SideDoor(guest, name=name, ask_words=ask_words))
@@ -51,6 +55,8 @@ class SideDoor:
         if self._ticking is not None:
             self._ticking.cancel()
         self.fleet.abort(CLOSING)
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
 
     async def _tick(self) -> None:
         while True:

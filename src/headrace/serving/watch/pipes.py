@@ -7,6 +7,7 @@ import shutil
 import stat
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -14,17 +15,17 @@ _AT_ONCE = 1 << 16
 
 
 class Pipes:
-    """Reads `count` named pipes for the length of the block, and writes their lines to `out`. `pattern` says what they are called, by number."""
+    """Reads a named pipe for each of `doors` for the length of the block, and writes their lines to `out`. `pattern` says what they are called."""
 
-    def __init__(self, count: int, out: BinaryIO) -> None:
+    def __init__(self, doors: Sequence[str], out: BinaryIO) -> None:
         self._out, self._lock = out, threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-logs-"))  # of this user alone
         self.pattern = str(self._folder / "{}")
         self._files = []
-        for number in range(count):
-            os.mkfifo(self._folder / str(number), 0o600)
+        for door in doors:
+            os.mkfifo(self._folder / door, 0o600)
             # For writing as well, so that the end of a door is not the end of the pipe: the next one opens it again.
-            self._files.append(os.open(self._folder / str(number), os.O_RDWR))
+            self._files.append(os.open(self._folder / door, os.O_RDWR))
         self._threads = [threading.Thread(target=self._read, args=(file,), name="headrace-logs", daemon=True) for file in self._files]
         self._ending = False
         for thread in self._threads:
@@ -62,10 +63,10 @@ class Pipes:
                     continue
 
 
-def writer(pattern: str, number: int) -> IO[str] | None:
+def writer(pattern: str, door: str) -> IO[str] | None:
     """The pipe of one door, for writing; None where nobody reads it any more."""
     try:
-        file = os.open(pattern.format(number), os.O_WRONLY | os.O_NONBLOCK)  # which fails where there is no reader, and would wait for one otherwise
+        file = os.open(pattern.format(door), os.O_WRONLY | os.O_NONBLOCK)  # which fails where there is no reader, and would wait for one otherwise
     except OSError:
         return None
     if not stat.S_ISFIFO(os.fstat(file).st_mode):
