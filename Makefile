@@ -10,7 +10,7 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo llm-demo loop-demo test test-llm test-feast check bench faults docs clean
+.PHONY: help demo llm-demo loop-demo test test-unit test-llm test-feast check bench faults docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,12 +24,15 @@ llm-demo: .venv/.ready-llm ## Serve a tiny language model on this CPU, and talk 
 loop-demo: .venv/.ready-dev ## Features, training, registry, batch job and service of a small city (LOOP=--synthetic to make it up in any case)
 	$(BIN)/python tools/loop_demo.py $(LOOP)
 
-test: .venv/.ready-dev ## Run the tests: the fast ones first, then those that start Ray
+test-unit: .venv/.ready-dev ## Run the unit tests alone, in seconds
+	$(BIN)/python -m pytest tests/unit
+
+test: .venv/.ready-dev ## Run the tests: of units, of components, and those that start Ray
 	@sh tools/apt.sh chromium || echo "tests in a browser will be skipped"
 	@sh tools/apt.sh postgresql || echo "tests that need a PostgreSQL will be skipped"
 	@sh tools/apt.sh redis-server || echo "tests that need a Redis will be skipped"
-	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
-	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/test_architecture.py
+	$(BIN)/python -m pytest tests/unit tests/components tests/test_architecture.py
+	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/components --ignore=tests/test_architecture.py
 
 test-llm: .venv/.ready-llm ## Run the tests that start an LLM engine, on CPUs and tiny models (LLM=FILE runs those of a file)
 	$(BIN)/python -m pytest -o faulthandler_timeout=900 -m llm $(LLM)

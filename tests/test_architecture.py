@@ -90,6 +90,17 @@ def test_an_engine_is_imported_only_where_it_lives():
     assert not astray
 
 
+def test_unit_tests_load_no_ray():
+    """They take seconds, all in all."""
+    astray = [
+        f"{path.name}:{line} imports {module}"
+        for path in sorted((ROOT / "tests" / "unit").glob("*.py"))
+        for module, line in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if module.partition(".")[0] == "ray" or module.startswith("headrace.on_ray")
+    ]
+    assert not astray
+
+
 def test_modules_inside_the_package_use_the_front_door_only_for_the_version():
     """The rings leave the front door out, and it opens on all of them: nothing may go through it from the inside."""
     siblings = {name.partition("/")[0].removesuffix(".py") for name in MODULES}

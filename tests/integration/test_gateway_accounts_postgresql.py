@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import sqlalchemy as sa
+from components.test_gateway_accounts import *  # noqa: F403 - the tests, and what they need
 from postgres import create, postgresql  # noqa: F401 - a fixture
 from typer.testing import CliRunner
-from unit.test_gateway_accounts import *  # noqa: F403 - the tests, and what they need
 
 from headrace import cli
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from components.test_online_store import *  # noqa: F403 - the tests, and what they need
+from components.test_online_store import table, values, write
 from redis_server import redis_url, running  # noqa: F401 - a fixture
-from unit.test_online_store import *  # noqa: F403 - the tests, and what they need
-from unit.test_online_store import table, values, write
 
 from headrace.errors import OnlineStoreError
 from headrace.online_store import OnlineStore, open_store

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from unit.test_online_store import opened, place, store, table, values, write  # noqa: F401 - fixtures
+from components.test_online_store import opened, place, store, table, values, write  # noqa: F401 - fixtures
 
 from headrace.errors import OnlineStoreError
 from headrace.online_store import OnlineStore, open_store
