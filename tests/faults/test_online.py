@@ -11,6 +11,7 @@ from pathlib import Path
 import online
 import psutil
 import pytest
+from harness import AGENTS, GONE_S, title
 from online import Headrace
 
 pytestmark = pytest.mark.faults
@@ -128,6 +129,22 @@ def test_sigterm_drains() -> None:
         assert found["answered"] == found["of"], found
         assert found["exit code"] in (0, 130), service.said
         assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+@pytest.mark.parametrize("killed", [("raylet",), ("raylet", "gcs_server")], ids=" and ".join)
+def test_its_ray_is_killed(killed: tuple[str, ...]) -> None:
+    """Nobody is left to steer or replace its processes, so all of them end, and the command says why."""
+    with Headrace(name="orphans") as service:
+        family = [process for process in online.session(service.process.pid) if process.pid != service.process.pid]
+        struck = [process for process in family if process.name() in killed]
+        assert len(struck) == len(killed)
+        for process in struck:
+            process.kill()
+        ours = [process for process in family if not title(process).startswith(AGENTS)]
+        assert not psutil.wait_procs(ours, timeout=GONE_S / 2)[1]  # they do not wait for the minute after which they would miss the GCS
+        assert service.process.wait(GONE_S) == 1
+        assert "the raylet of its Ray has died" in service.said
+        assert not psutil.wait_procs(family, timeout=1.5 * GONE_S)[1]
 
 
 @pytest.mark.parametrize("what", [signal.SIGKILL])

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def connected(address: str | None = None, *, folder: Path | None = None, verbose
         ):
             # "local", or Ray would join a cluster that happens to run on this machine.
             during.enter_context(_joined({"address": "local", "num_cpus": promises * compat.cores(), "include_dashboard": False}, verbose=verbose))
+        _reap_raylet()
         if not verbose:
             during.enter_context(compat.alone())
         yield describe(spare_cpus=(promises - 1) * compat.cores())
@@ -78,9 +80,26 @@ def entered(entry: Entry, *, verbose: bool = False) -> Iterator[None]:
         yield
 
 
+def died() -> bool:
+    """Whether the Ray that this process has started with `connected` has died: its raylet has ended, and nothing starts that again."""
+    raylet = compat.raylet()
+    return raylet is not None and raylet.returncode is not None
+
+
 def entry() -> Entry:
     """By what `entered` comes into the Ray that this process is connected to."""
     return Entry(compat.gcs_address(), os.environ.get("RAY_AUTH_TOKEN", "") if os.environ.get("RAY_AUTH_MODE") == "token" else "")
+
+
+def _reap_raylet() -> None:
+    """Have the raylet of the Ray that was started reaped as soon as it ends, whoever ends it.
+
+    Workers look every second whether there is a process of their raylet's number, and end when there is none. Ray only waits for a raylet
+    that it has ended itself; any other would stay a zombie, which still has its number, for as long as this process lives.
+    """
+    raylet = compat.raylet()
+    assert raylet is not None
+    threading.Thread(target=raylet.wait, name="headrace-raylet", daemon=True).start()
 
 
 def _token() -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import queue
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -53,6 +54,7 @@ __all__ = [
     "loopback",
     "muted",
     "node_address",
+    "raylet",
     "recall",
     "remember",
     "ship",
@@ -76,6 +78,13 @@ def started_here() -> bool:
     """Whether the Ray that this process has joined was started by it."""
     node = ray._private.worker._global_node
     return node is not None and node.is_head()
+
+
+def raylet() -> subprocess.Popen[bytes] | None:
+    """The raylet of the Ray that this process has started, until that Ray is shut down."""
+    node = ray._private.worker._global_node
+    started = () if node is None else node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, ())
+    return started[0].process if started else None
 
 
 def instance_types() -> dict[str, str]:

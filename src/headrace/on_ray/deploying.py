@@ -23,7 +23,7 @@ from headrace.client import Client
 from headrace.errors import DeployError, HeadraceError, RegistryError, RunError, ServingError, StoppedError, listing, nearest
 from headrace.formats import Input
 from headrace.hardware import Cluster
-from headrace.on_ray import deployments
+from headrace.on_ray import cluster, deployments
 from headrace.on_ray.control import Charge
 from headrace.on_ray.naming import application_name, control_of
 from headrace.on_ray.serve import application
@@ -220,10 +220,12 @@ def happenings(service: str, told: int, over: Over) -> Any:
     """What happens to a service after event number `told`, as it happens, until it is `over`.
 
     Raises:
-        RunError: control, or its Ray, has been away for too long.
+        RunError: control, or its Ray, has been away for too long, or the Ray that this process has started has died.
     """
     heard_s = time.monotonic()
     while not over():
+        if cluster.died():
+            raise RunError(f"service {service!r} has ended: the raylet of its Ray has died, and all of its processes end with it")
         try:
             news = get(control_of(service).events.remote(told, 1.0))
         except (RunError, ray.exceptions.RayError, ValueError) as error:
