@@ -32,6 +32,7 @@ NAME = "acme/tiny"
 @pytest.fixture(scope="module")
 def engine(tiny: Any) -> Iterator[Engine]:
     made = Engine.start(EngineConfig(model=tiny.lm, name=NAME, arguments=ENGINE, sequences=8, stall_s=4.0))
+    assert made.figures()["prompt_tokens"] == made.figures()["generated_tokens"] == 0  # of what it was asked to get warm, nobody sees anything
     yield made
     made.close()
 

@@ -194,7 +194,14 @@ class Engine:
             "length": float(config.model_config.max_model_len),
             "yields": float(yields),
         }
+        await self._warm_up()
         self._watch = asyncio.create_task(self._watch_over())
+
+    async def _warm_up(self) -> None:
+        """Ask for something: the first answer takes seconds, in which vLLM compiles, and whoever comes first to a new replica is not to wait for that."""
+        path, asked = (EMBEDDINGS, {"input": "a"}) if self.config.embed else (COMPLETIONS, {"prompt": "a", "max_tokens": 2})
+        await self.speak(path, {"model": self.config.name, **asked}, spent=Spent())  # any answer will do
+        self._steps.clear()
 
     async def _load_adapter(self, folder: str) -> None:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse

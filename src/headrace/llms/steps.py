@@ -12,11 +12,17 @@ class Steps:
     """Sums over the steps of an engine. `count` is their number."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._lock = threading.Lock()
-        self._sums = dict.fromkeys(GROWING, 0.0)
         self._running = self._waiting = 0
-        self._kv_cache = self._kv_cache_peak = 0.0
+        self._kv_cache = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin to count."""
+        with self._lock:
+            self.count = 0
+            self._sums = dict.fromkeys(GROWING, 0.0)
+            self._kv_cache_peak = 0.0
 
     def figures(self) -> dict[str, float]:
         """The sums, and the state of the moment; see `headrace.readings`."""
