@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -129,6 +130,26 @@ def test_priorities_go_first(engine: Engine):
         return ended
 
     assert engine.call(race()).index("urgent") < 40
+
+
+@pytest.mark.parametrize(
+    ("running", "prompts", "begun"),
+    [(0, [], 0), (0, [128], 1), (0, [128] * 9, 3), (32, [128], 1), (32, [128] * 2, 1), (32, [128] * 7, 3), (100, [10] * 6, 6), (100, [40] * 5, 3)],
+)
+def test_prompts_take_turns(running: int, prompts: list[int], begun: int):
+    """A third of what waits, or what is no longer in all than there are sequences that run, of those that take part in the step."""
+    from vllm.v1.request import RequestStatus
+
+    from headrace.llms.yielding import Yielding
+
+    def request(tokens: int, status: RequestStatus, priority: int = 0) -> Any:
+        return SimpleNamespace(num_tokens=tokens, status=status, priority=priority)
+
+    requests = [request(200, RequestStatus.RUNNING) for _ in range(running)]
+    requests += [request(tokens, RequestStatus.WAITING) for tokens in prompts] + [request(5, RequestStatus.WAITING, RIDER)] * 9
+    scheduler = object.__new__(Yielding)  # of which this asks no more
+    scheduler.requests, scheduler.running = dict(enumerate(requests)), requests[:running]
+    assert scheduler._turn(RIDER) == begun
 
 
 def test_a_prompt_with_a_seed_may_be_read_in_parts(engine: Engine):
