@@ -231,13 +231,19 @@ def _note(
     log: AccessLog, line: Line, version: Version, journey: Journey, outcome: tuple[Said, memoryview] | Failure, *, took_s: float, model: str, logged: bool
 ) -> None:
     """Log what came of a line that replicas were asked."""
-    said, answer = (None, b"") if isinstance(outcome, Failure) else outcome
+    said: Said | None = None
+    answer: bytes | memoryview = b""
+    if isinstance(outcome, Failure):
+        status, error = outcome.status, outcome.code
+    else:
+        said, answer = outcome
+        status, error = said.status, None
     log.request(
         request_id=journey.request_id,
         method="POST",
         path=line.batch.endpoint,
-        status=outcome.status if isinstance(outcome, Failure) else outcome[0].status,
-        error=outcome.code if isinstance(outcome, Failure) else None,
+        status=status,
+        error=error,
         took_ms=took_s * 1e3,
         version=version.number,
         model=model,
