@@ -26,6 +26,7 @@ from headrace.gateway.accounts.usage import sums
 from headrace.gateway.batches.depot import Depot
 from headrace.gateway.batches.lines import Answered, Retry, open_line
 from headrace.gateway.openai.background import PRIORITY, Background
+from headrace.gateway.openai.files import NOBODY
 from headrace.gateway.openai.tills import Till
 from headrace.serving.bodies.openapi import contract
 from headrace.serving.door.journey import Journey
@@ -415,6 +416,21 @@ def test_what_replicas_answer_is_logged_like_any_request(tmp_path: Path, prompts
         if prompts_too:
             assert json.loads(line["asked"])["messages"] == [{"role": "user", "content": "word 1"}]
         assert (named[bad["f"]["id"]]["status"], named[bad["f"]["id"]]["level"]) == (500, "error")
+
+    run(test)
+
+
+def test_where_no_key_is_asked_for_the_log_names_none(tmp_path: Path):
+    async def test(service: Service) -> None:
+        log = io.StringIO()
+        service.door.log = AccessLog(log)
+        await service.route(service.replica())
+        background = Background(service.door)
+        with depot_in(tmp_path, time.time) as depot:
+            async with working(depot, background, background.slots):  # type: ignore[arg-type]
+                await over(depot, await order(depot, prompts(1), owner=NOBODY), NOBODY)
+        await service.door.close(timeout_s=1.0)
+        assert "key" not in json.loads(log.getvalue())
 
     run(test)
 

@@ -15,6 +15,7 @@ from headrace.gateway.batches.lines import Answered, Failed, Lost, Outcome, Retr
 from headrace.gateway.batches.records import Charge, Usage
 from headrace.gateway.openai import asked as asking
 from headrace.gateway.openai import refusals
+from headrace.gateway.openai.files import NOBODY
 from headrace.gateway.openai.models import Models, billed_as, length_of, speech
 from headrace.gateway.openai.refusals import Refused
 from headrace.serving.door.journey import MOVED, Journey
@@ -252,7 +253,7 @@ def _note(
         completion_tokens=said.completion_tokens if said is not None else None,
         bytes_in=len(line.body),
         bytes_out=len(answer),
-        key=line.batch.owner,
+        key=line.batch.owner if line.batch.owner != NOBODY else None,
         replica=(journey.asked.replica if journey.asked is not None else "") or None,
         attempts=1 + journey.retries,
         asked=line.body.decode("utf-8", "replace") if logged else None,
