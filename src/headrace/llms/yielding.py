@@ -27,7 +27,7 @@ _TURNS = 3  # a step begins on one of so many that wait, at least
 
 
 class Yielding(Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler, which sees of the background only what may take part in a step."""
+    """vLLM's scheduler, which sees of the background only what may take part in a step, and begins on a part of what waits."""
 
     running: list[Any]
     max_num_running_reqs: int
@@ -55,7 +55,7 @@ class Yielding(Scheduler):  # type: ignore[misc]
         return step
 
     def _turn(self, least: float) -> int:
-        """How many of those that wait the next step may begin on."""
+        """How many of those that wait, and whose priority is better than `least`, the next step may begin on."""
         waiting = [request.num_tokens for request in self.requests.values() if request.priority < least and request.status != RequestStatus.RUNNING]
         # So many tokens of prompts as sequences run make no step much longer.
         return math.ceil(len(waiting) * min(1.0, max(1 / _TURNS, len(self.running) / sum(waiting)))) if waiting else 0
